@@ -1,0 +1,289 @@
+"""Attach, detach, and what lies between."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from .checkpoint import TensorLocation
+from .codec import is_movable
+from .policy import OffloadPolicy
+from .session import Session
+from .state_hooks import session_of
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .report import OffloadStats
+
+logger = logging.getLogger(__name__)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def attach_offload_hooks(model: ModuleT, policy: OffloadPolicy | None = None) -> ModuleT:
+    """Let a model run although its weights do not fit the compute device.
+
+    Hooks bring each layer's weights to the device for its forward; a plan decides
+    which of them stay there, so that the whole run keeps the limit. No module and no
+    parameter is replaced, and nothing is moved before the plan stands: whatever is
+    wrong, the error comes with the model as it was.
+
+    Args:
+        model: any module, its parameters in host RAM (or on a device, from which
+            they are taken).
+        policy: how much memory, where and in which dtypes; default: unlimited, on the
+            accelerator if there is one.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The policy does not fit this model or machine.
+        BudgetExceededError: The limit is below the least that the model needs; the
+            message says how much that is and why.
+        RuntimeError: The model, or a part of it, is attached already.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> model = attach_offload_hooks(model, OffloadPolicy(store="disk", limit_gb=1))
+        >>> with torch.no_grad():
+        ...     model(torch.zeros(1, 8)).shape
+        torch.Size([1, 8])
+        >>> model = detach(model)
+    """
+    return _attach(model, policy or OffloadPolicy(), {})
+
+
+def _attach(
+    model: ModuleT, policy: OffloadPolicy, locations: dict[str, TensorLocation]
+) -> ModuleT:
+    _check_model(model)
+    _check_policy(policy)
+    resolved = policy.resolve()
+    _check_tensors(model)
+    session = Session(model, resolved, locations, poison=policy.debug)
+    _warn_of_unmatched(session)
+    session.begin()
+    logger.info("attached %s: %r", type(model).__name__, session.plan)
+    return model
+
+
+def detach(model: ModuleT) -> ModuleT:
+    """Undo `attach_offload_hooks`: no hook is left, every tensor is where it was.
+
+    Works after any exception, also one raised in the middle of a forward. A model
+    whose ``storage_dtype`` was narrower than its own keeps the rounded values. One
+    that `load_model` left on disk stays a memory map of its files: nothing is read
+    until it is used.
+
+    Args:
+        model: an attached model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RuntimeError: The model is not attached, or is running.
+
+    Example:
+        >>> model = attach_offload_hooks(torch.nn.Linear(2, 2))
+        >>> detach(model)
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    session = _session(model, "detach")
+    session.require_idle("detach")
+    try:
+        session.end()
+    finally:
+        session.leave_call()
+    return model
+
+
+@contextmanager
+def offloaded(
+    model: ModuleT, policy: OffloadPolicy | None = None, **fields: Any
+) -> Iterator[ModuleT]:
+    """Attach for the length of a ``with`` block.
+
+    Args:
+        model: any module.
+        policy: as for `attach_offload_hooks`.
+        **fields: fields of `OffloadPolicy`, instead of a policy.
+
+    Raises:
+        ValueError: Both a policy and fields are given.
+
+    Example:
+        >>> with offloaded(torch.nn.Linear(2, 2), limit_gb=2) as model:
+        ...     with torch.no_grad():
+        ...         model(torch.zeros(1, 2)).shape
+        torch.Size([1, 2])
+    """
+    if policy is not None and fields:
+        raise ValueError(
+            f"offloaded() takes either a policy or fields of one, not both: "
+            f"policy={policy!r} and {', '.join(fields)}"
+        )
+    attach_offload_hooks(model, policy or OffloadPolicy(**fields))
+    try:
+        yield model
+    finally:
+        if session_of(model) is not None:
+            detach(model)
+
+
+def onload(model: nn.Module) -> None:
+    """Bring an attached model to its onload placement now, not at its next forward.
+
+    Args:
+        model: an attached model.
+
+    Raises:
+        RuntimeError: The model is not attached, or is running.
+    """
+    session = _session(model, "onload")
+    session.require_idle("onload")
+    try:
+        session.onload()
+    finally:
+        session.leave_call()
+
+
+def offload(model: nn.Module) -> None:
+    """Bring an attached model to its offload placement.
+
+    The library keeps no memory of the compute device for it, and none of the host's if
+    it offloads to disk. The next forward brings it back by itself.
+
+    Args:
+        model: an attached model.
+
+    Raises:
+        RuntimeError: The model is not attached, or is running.
+    """
+    session = _session(model, "offload")
+    session.require_idle("offload")
+    try:
+        session.offload()
+    finally:
+        session.leave_call()
+
+
+def offload_plan(model: nn.Module) -> Plan:
+    """Return what is resident, what streams, and what a pass costs.
+
+    Args:
+        model: an attached model.
+
+    Returns:
+        The plan; ``print`` it for a table in GiB.
+
+    Raises:
+        RuntimeError: The model is not attached.
+    """
+    return _session(model, "offload_plan").plan
+
+
+def offload_stats(model: nn.Module) -> OffloadStats:
+    """Return what has happened since attach: bytes, peak, stalls, hits and misses.
+
+    Args:
+        model: an attached model.
+
+    Raises:
+        RuntimeError: The model is not attached.
+    """
+    return _session(model, "offload_stats").stats()
+
+
+def _session(model: nn.Module, what: str) -> Session:
+    session = session_of(model) if isinstance(model, nn.Module) else None
+    if session is None:
+        raise RuntimeError(
+            f"{what}: {type(model).__name__} has no offload hooks; call "
+            "attach_offload_hooks(model, policy) first"
+        )
+    if session.model is not model:
+        raise RuntimeError(
+            f"{what}: {type(model).__name__} is a part of a "
+            f"{type(session.model).__name__} that has offload hooks; pass that"
+        )
+    return session
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}"
+        )
+    for name, module in model.named_modules():
+        session = session_of(module)
+        if session is not None:
+            what = name or type(model).__name__
+            raise RuntimeError(
+                f"{what} has offload hooks already (attached as "
+                f"{type(session.model).__name__}); call detach on that model first"
+            )
+        if getattr(module, "_hf_hook", None) is not None:
+            raise RuntimeError(
+                f"{name or type(model).__name__} carries accelerate's hooks "
+                f"({type(module._hf_hook).__name__}: device_map, cpu_offload or "
+                "enable_model_cpu_offload), which move the same weights. Call "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True) first, "
+                "or load without device_map"
+            )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{name or type(model).__name__} was compiled in place "
+                "(module.compile()), and hooks do not run around compiled calls. "
+                "Attach before compiling is not supported either; use the eager model"
+            )
+
+
+def _check_policy(policy: OffloadPolicy) -> None:
+    if not isinstance(policy, OffloadPolicy):
+        raise ValueError(
+            f"policy must be an OffloadPolicy, not {type(policy).__name__}; for "
+            "example OffloadPolicy(limit_gb=2)"
+        )
+
+
+def _check_tensors(model: nn.Module) -> None:
+    any_tensor = False
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in named:
+        any_tensor = True
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{name} is not initialised yet (a lazy module); run the model once "
+                "before attaching"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values. Give them with "
+                "load_model(model_class, checkpoint, policy=...), which also attaches"
+            )
+        if not is_movable(tensor):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__} with layout {tensor.layout}; "
+                "only plain strided tensors can be offloaded. Dequantise it, or leave "
+                "its module out of the model that you attach"
+            )
+    if not any_tensor:
+        raise ValueError(
+            f"{type(model).__name__} has no parameters and no buffers: there is "
+            "nothing to offload"
+        )
+
+
+def _warn_of_unmatched(session: Session) -> None:
+    if session.policy.module_map.is_registry:
+        return  # written for every model of a family: not each entry need match
+    for key, near in session.map.unmatched(session.model.modules()):
+        hint = f"; the model has {', '.join(near)}" if near else ""
+        logger.warning("module_map: no module of the model is a %s%s", key, hint)

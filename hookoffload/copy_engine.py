@@ -1,0 +1,370 @@
+"""Streams, events and the worker thread: the only code that knows of them.
+
+[Note: streams and events]
+Who owns a region of the window, and when:
+
+1. *Free.* Nobody reads or writes it, except that work queued earlier may still run.
+   What must end first are the tokens that the ring hands out with the region: the
+   ``done`` events of its last users.
+2. *Filling.* `start` gives it to the copy stream, which waits for those tokens and
+   for nothing else, so that releasing a layer starts exactly the copies that waited
+   for its region. Nothing but the copy stream (or the worker, on a CPU) writes to it.
+3. *Ready.* The ``ready`` event was recorded behind the last copy. `wait` makes the
+   current stream wait for it; from then on the forward may read, and only it.
+4. *Released.* `done` records an event on the stream that was current during the
+   forward. The region goes back to the ring with that event as its token (1).
+
+A master must not change between 2 and 3: the session looks at its version before it
+binds, and copies again if it moved. Scratch is written and read by the compute
+stream alone; its tokens are the same ``done`` events, waited for by that stream.
+
+The host runs ahead of the device: all of this is queued, nothing is waited for on
+the host, with two exceptions. Bytes from a file pass through a ring of page-locked
+staging buffers that the worker thread alone owns; it reuses one after the event behind
+its copy. `wait` therefore first waits, on the host, until the worker has *queued* the
+copies. No deadlock follows: a copy waits only for events that are already recorded,
+and the work in front of those needed no later copy.
+
+On a CPU the worker thread is the copy stream, "queued" is "done", and releases are
+complete when the post hook runs, so that tokens are None.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from .store import Master
+
+logger = logging.getLogger(__name__)
+
+STAGING_BYTES = 16 * 2**20
+_STAGING_BUFFERS = 3
+_POISON = 0xFF  # as a float of any width: NaN
+
+
+class Copy:
+    """One layer's bytes on their way to the compute device.
+
+    Args:
+        name: full name of the layer.
+        pieces: masters and the flat ``uint8`` tensors that take their bytes.
+        after: tokens that must be waited for before the first byte is written.
+    """
+
+    __slots__ = ("after", "error", "name", "nbytes", "pieces", "queued", "ready")
+
+    def __init__(
+        self,
+        name: str,
+        pieces: Sequence[tuple[Master, torch.Tensor]],
+        after: tuple[object, ...],
+    ) -> None:
+        self.name = name
+        self.pieces = pieces
+        self.after = after
+        self.nbytes = sum(destination.numel() for _, destination in pieces)
+        self.ready: torch.Event | None = None
+        self.queued = threading.Event()
+        self.error: BaseException | None = None
+
+
+class CopyEngine(Protocol):
+    """A copy is two verbs: `start` returns at once, `wait` makes it usable."""
+
+    def start(self, copy: Copy) -> None:
+        """Begin a copy."""
+
+    def wait(self, copy: Copy) -> None:
+        """Let the work that is queued from now on see the copied bytes."""
+
+    def done(self) -> object | None:
+        """Return a token for "the forward that ends now has ended"."""
+
+    def order_after(self, tokens: Sequence[object]) -> None:
+        """Let compute that is queued from now on run after the tokens."""
+
+    def fence(self) -> None:
+        """Let later copies run after all compute queued so far (new memory)."""
+
+    def poison(self, destination: torch.Tensor, token: object | None) -> None:
+        """Overwrite released memory, so that a late reader computes NaN."""
+
+    def drain(self) -> None:
+        """Return when no copy is under way."""
+
+    def stall_seconds(self) -> float:
+        """Seconds for which compute has waited for copies, so far."""
+
+    def close(self) -> None:
+        """End the worker thread."""
+
+
+class _Worker:
+    """A daemon thread that performs copies in order, without keeping its engine."""
+
+    def __init__(self, perform: Callable[[Copy], None]) -> None:
+        self._jobs: queue.SimpleQueue[Copy | threading.Event | None]
+        self._jobs = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(self._jobs, perform),
+            name="hookoffload-copies",
+            daemon=True,
+        )
+        self._thread.start()
+        # A model that is dropped without detach ends its thread too.
+        self.close = weakref.finalize(self, self._jobs.put, None)
+
+    @staticmethod
+    def _run(
+        jobs: queue.SimpleQueue[Copy | threading.Event | None],
+        perform: Callable[[Copy], None],
+    ) -> None:
+        while (job := jobs.get()) is not None:
+            if isinstance(job, threading.Event):
+                job.set()
+                continue
+            try:
+                perform(job)
+            except BaseException as error:
+                job.error = error  # raised by `wait`, where somebody can act on it
+            job.queued.set()
+            del job
+
+    def put(self, copy: Copy) -> None:
+        self._jobs.put(copy)
+
+    def drain(self) -> None:
+        if self._thread.is_alive():
+            reached = threading.Event()
+            self._jobs.put(reached)
+            reached.wait()
+
+    def join(self) -> None:
+        self.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+
+class HostCopyEngine:
+    """Copies on a CPU compute device: one worker thread, real asynchrony."""
+
+    def __init__(self) -> None:
+        self._worker = _Worker(_read)
+        self._stalled = 0.0
+
+    def start(self, copy: Copy) -> None:
+        """Begin a copy."""
+        self._worker.put(copy)
+
+    def wait(self, copy: Copy) -> None:
+        """Return when the bytes are there."""
+        if not copy.queued.is_set():
+            began = time.perf_counter()
+            copy.queued.wait()
+            self._stalled += time.perf_counter() - began
+        if copy.error is not None:
+            raise copy.error
+
+    def done(self) -> object | None:
+        """Return None: a forward on the CPU has ended when its hook runs."""
+        return None
+
+    def order_after(self, tokens: Sequence[object]) -> None:
+        """Do nothing: compute on a CPU runs in program order."""
+
+    def fence(self) -> None:
+        """Do nothing: memory on a CPU is free when it is released."""
+
+    def poison(self, destination: torch.Tensor, token: object | None) -> None:
+        """Overwrite released memory."""
+        destination.fill_(_POISON)
+
+    def drain(self) -> None:
+        """Return when no copy is under way."""
+        self._worker.drain()
+
+    def stall_seconds(self) -> float:
+        """Seconds for which compute has waited for copies, so far."""
+        return self._stalled
+
+    def close(self) -> None:
+        """End the worker thread."""
+        self._worker.join()
+
+
+def _read(copy: Copy) -> None:
+    for master, destination in copy.pieces:
+        master.read_into(destination)
+
+
+class StreamCopyEngine:
+    """Copies to an accelerator: one copy stream, events both ways."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.Stream(device)
+        self._worker = _Worker(_StagedCopy(device, self._stream))
+        self._stalled = 0.0
+        # Pairs of events around the waits whose length is not known yet.
+        self._waits: deque[tuple[torch.Event, torch.Event]] = deque()
+
+    def start(self, copy: Copy) -> None:
+        """Begin a copy: queue it, or give it to the worker if it reads files."""
+        if all(master.in_ram for master, _ in copy.pieces):
+            _queue_copies(self._stream, copy)
+            copy.queued.set()
+        else:
+            self._worker.put(copy)
+
+    def wait(self, copy: Copy) -> None:
+        """Make the current stream wait for the copy."""
+        if not copy.queued.is_set():
+            began = time.perf_counter()
+            copy.queued.wait()
+            self._stalled += time.perf_counter() - began
+        if copy.error is not None:
+            raise copy.error
+        ready = copy.ready
+        if ready is None or ready.query():
+            return
+        stream = torch.accelerator.current_stream(self._device)
+        before = torch.Event(self._device, enable_timing=True)
+        after = torch.Event(self._device, enable_timing=True)
+        before.record(stream)
+        ready.wait(stream)
+        after.record(stream)
+        self._waits.append((before, after))
+        while len(self._waits) > 1 and self._waits[0][1].query():
+            self._add_stall()
+
+    def done(self) -> object | None:
+        """Return an event behind the work that the current stream has so far."""
+        event = torch.Event(self._device)
+        event.record(torch.accelerator.current_stream(self._device))
+        return event
+
+    def order_after(self, tokens: Sequence[object]) -> None:
+        """Make the current stream wait for the tokens."""
+        stream = torch.accelerator.current_stream(self._device)
+        for token in tokens:
+            assert isinstance(token, torch.Event)
+            token.wait(stream)
+
+    def fence(self) -> None:
+        """Make the copy stream wait for the work that the current stream has so far.
+
+        Memory that the allocator just handed out may have been freed by work that is
+        queued and has not run.
+        """
+        event = torch.Event(self._device)
+        event.record(torch.accelerator.current_stream(self._device))
+        event.wait(self._stream)
+
+    def poison(self, destination: torch.Tensor, token: object | None) -> None:
+        """Overwrite released memory, behind its last user and before its next."""
+        assert isinstance(token, torch.Event)
+        token.wait(self._stream)
+        with _current(self._stream):
+            destination.fill_(_POISON)
+
+    def drain(self) -> None:
+        """Return when no copy is under way."""
+        self._worker.drain()
+        self._stream.synchronize()
+
+    def stall_seconds(self) -> float:
+        """Seconds for which compute has waited for copies, so far."""
+        while self._waits:
+            self._waits[0][1].synchronize()
+            self._add_stall()
+        return self._stalled
+
+    def _add_stall(self) -> None:
+        before, after = self._waits.popleft()
+        self._stalled += before.elapsed_time(after) / 1e3
+
+    def close(self) -> None:
+        """End the worker thread."""
+        self._worker.join()
+
+
+class _current:  # noqa: N801  (used as a context manager, reads as a verb phrase)
+    """Make a stream the current one, on every torch since 2.6."""
+
+    __slots__ = ("_before", "_stream")
+
+    def __init__(self, stream: torch.Stream) -> None:
+        self._stream = stream
+        self._before = torch.accelerator.current_stream(stream.device)
+
+    def __enter__(self) -> None:
+        torch.accelerator.set_stream(self._stream)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.accelerator.set_stream(self._before)
+
+
+def _queue_copies(stream: torch.Stream, copy: Copy) -> None:
+    for token in copy.after:
+        assert isinstance(token, torch.Event)
+        token.wait(stream)
+    with _current(stream):
+        for master, destination in copy.pieces:
+            destination.copy_(master.flat.view(torch.uint8), non_blocking=True)
+    ready = torch.Event(stream.device)
+    ready.record(stream)
+    copy.ready = ready
+
+
+class _StagedCopy:
+    """What the worker does for an accelerator: file -> staging buffer -> region."""
+
+    def __init__(self, device: torch.device, stream: torch.Stream) -> None:
+        self._device = device
+        self._stream = stream
+        self._buffers: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
+
+    def __call__(self, copy: Copy) -> None:
+        for token in copy.after:
+            assert isinstance(token, torch.Event)
+            token.wait(self._stream)
+        with torch.inference_mode(False), _current(self._stream):
+            for master, destination in copy.pieces:
+                self._bring(master, destination)
+        ready = torch.Event(self._device)
+        ready.record(self._stream)
+        copy.ready = ready
+
+    def _bring(self, master: Master, destination: torch.Tensor) -> None:
+        total = destination.numel()
+        for start in range(0, total, STAGING_BYTES):
+            size = min(STAGING_BYTES, total - start)
+            buffer = self._next_buffer()
+            master.read_into(buffer[:size], start)
+            destination[start : start + size].copy_(buffer[:size], non_blocking=True)
+            event = torch.Event(self._device)
+            event.record(self._stream)
+            self._buffers.append((buffer, event))
+
+    def _next_buffer(self) -> torch.Tensor:
+        if len(self._buffers) < _STAGING_BUFFERS:
+            return torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+        buffer, event = self._buffers.popleft()
+        if event is not None:
+            event.synchronize()
+        return buffer
+
+
+def make_copy_engine(device: torch.device) -> CopyEngine:
+    """Return the engine for a compute device."""
+    return HostCopyEngine() if device.type == "cpu" else StreamCopyEngine(device)

@@ -1,0 +1,120 @@
+"""Every byte that the library takes on the compute device: blocks under one budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .budget import MemoryBudget
+
+# CUDA's allocator hands out multiples of 512 bytes, and kernels choose their variants
+# by alignment: regions that start on the same multiples compute the same bits.
+ALIGNMENT = 512
+
+
+def align(nbytes: int) -> int:
+    """Round a number of bytes up to a multiple of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Block:
+    """A piece of device memory and its views, one a dtype."""
+
+    __slots__ = ("_typed", "bytes", "end", "kind", "start")
+
+    def __init__(self, memory: torch.Tensor, kind: str) -> None:
+        self.bytes = memory
+        self.kind = kind
+        self.start = memory.data_ptr()
+        self.end = self.start + memory.numel()
+        self._typed: dict[torch.dtype, torch.Tensor] = {torch.uint8: memory}
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.bytes.numel()
+
+    def typed(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the block as a flat tensor of ``dtype``."""
+        view = self._typed.get(dtype)
+        if view is None:
+            view = self._typed[dtype] = self.bytes.view(dtype)
+        return view
+
+
+class DeviceMemory:
+    """Blocks on the compute device, reserved with the budget before they exist.
+
+    Args:
+        device: the compute device.
+        budget: the accountant.
+    """
+
+    def __init__(self, device: torch.device, budget: MemoryBudget) -> None:
+        self.device = device
+        self.budget = budget
+        self._module = None if device.type == "cpu" else _device_module(device)
+        self._blocks: dict[int, Block] = {}
+
+    def allocate(self, kind: str, nbytes: int, what: str = "") -> Block:
+        """Return a block of at least ``nbytes`` bytes.
+
+        Raises:
+            BudgetExceededError: It does not fit the limit; nothing was allocated.
+        """
+        size = align(nbytes)
+        self.budget.reserve(kind, size, what)
+        try:
+            with torch.inference_mode(False):
+                memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        except BaseException:
+            self.budget.release(kind, size)
+            raise
+        block = Block(memory, kind)
+        self._blocks[id(block)] = block
+        return block
+
+    def free(self, block: Block) -> None:
+        """Give a block back to the budget and to PyTorch's allocator."""
+        self.budget.release(block.kind, block.nbytes)
+        del self._blocks[id(block)]
+
+    def overlaps_transient(self, pointer: int) -> bool:
+        """Tell whether an address lies in memory that is reused within a pass."""
+        for block in self._blocks.values():
+            if block.start <= pointer < block.end and block.kind in TRANSIENT_KINDS:
+                return True
+        return False
+
+    def allocated_bytes(self) -> int | None:
+        """Return what this process's PyTorch allocator holds, None where unknown."""
+        return self._statistic("memory_allocated")
+
+    def peak_bytes(self) -> int | None:
+        """Return the allocator's peak since it was last reset, None where unknown."""
+        return self._statistic("max_memory_allocated")
+
+    def reset_peak(self) -> None:
+        """Start the allocator's peak anew, where there is one."""
+        reset = getattr(self._module, "reset_peak_memory_stats", None)
+        if reset is not None:
+            reset(self.device)
+
+    @property
+    def measures_peak(self) -> bool:
+        """Whether activations can be counted on this device."""
+        return getattr(self._module, "max_memory_allocated", None) is not None
+
+    def _statistic(self, name: str) -> int | None:
+        function = getattr(self._module, name, None)
+        return None if function is None else int(function(self.device))
+
+
+# Kinds of memory whose bytes have other owners later in the same pass.
+TRANSIENT_KINDS = frozenset({"window", "casts"})
+
+
+def _device_module(device: torch.device) -> Any:
+    # torch.cuda, torch.xpu, torch.npu, torch.mps: the same names where they exist.
+    return torch.get_device_module(device)

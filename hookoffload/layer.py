@@ -1,0 +1,278 @@
+"""One layer: its masters, what it needs on the compute device, and its bindings."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import torch
+
+from .copy_engine import Copy
+from .device_memory import Block, align
+from .ring import Region, RegionRing, RegionStack
+from .store import Master, version_of
+
+
+class LayerState(enum.Enum):
+    """Where a layer's value lies now; the seed system's four states.
+
+    OFFLOAD: The model is not needed; every layer is at the offload placement.
+    ONLOAD: Waiting at rest, or on its way into the window, for its next forward.
+    PREPARING: Kept on the compute device between passes.
+    COMPUTATION: Bound: from its pre hook to its post hook.
+    """
+
+    OFFLOAD = enum.auto()
+    ONLOAD = enum.auto()
+    PREPARING = enum.auto()
+    COMPUTATION = enum.auto()
+
+
+class Piece:
+    """A master's place in its layer's region and scratch.
+
+    Attributes:
+        master: the master.
+        region_offset: where its bytes begin in the region; None if the compute
+            device reads them where they rest.
+        scratch_offset: where its cast value begins while streamed; None without cast.
+        resident_scratch_offset: the same while resident.
+    """
+
+    __slots__ = (
+        "master",
+        "region_offset",
+        "resident_scratch_offset",
+        "scratch_offset",
+    )
+
+    def __init__(self, master: Master) -> None:
+        self.master = master
+        self.region_offset: int | None = None
+        self.scratch_offset: int | None = None
+        self.resident_scratch_offset: int | None = None
+
+
+class Layer:
+    """The unit that moves: a module's name and the masters that it brings along.
+
+    Geometry (`measure`) depends on where the masters lie and on the compute device;
+    everything else is the state of this moment.
+    """
+
+    __slots__ = (
+        "bound",
+        "can_stay",
+        "cast_bytes",
+        "copied_revision",
+        "copy",
+        "copy_bytes",
+        "held",
+        "home",
+        "index",
+        "keep",
+        "masters",
+        "name",
+        "pieces",
+        "region",
+        "resident",
+        "resident_bytes",
+        "resident_cast_bytes",
+        "scratch",
+        "stays_bound",
+        "stream_bytes",
+    )
+
+    def __init__(self, index: int, name: str, masters: Sequence[Master]) -> None:
+        self.index = index
+        self.name = name
+        self.masters = list(masters)
+        self.pieces: list[Piece] = []
+        self.stream_bytes = 0
+        self.copy_bytes = 0
+        self.cast_bytes = 0
+        self.resident_bytes = 0
+        self.resident_cast_bytes = 0
+        self.can_stay = False
+        # How many running forwards need it: bound at 0 -> 1, released at 1 -> 0.
+        self.bound = 0
+        self.held = False  # other layers can run while it is bound
+        self.keep = False  # the plan wants it resident
+        self.resident: list[Block] | None = None
+        self.stays_bound = False  # resident without a cast: bound between passes too
+        self.copy: Copy | None = None
+        self.copied_revision = -1  # of the bytes in the region or the residence
+        self.region: Region | None = None
+        self.home: RegionRing | RegionStack | Block | None = None
+        self.scratch: Region | None = None
+
+    def __repr__(self) -> str:
+        return f"Layer({self.name!r}, {self.state.name})"
+
+    @property
+    def state(self) -> LayerState:
+        """The state of this moment, as far as the layer itself knows."""
+        if self.bound:
+            return LayerState.COMPUTATION
+        return LayerState.ONLOAD if self.resident is None else LayerState.PREPARING
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the compute device reads every byte where it rests, uncast."""
+        return not self.pieces
+
+    def measure(self, device: torch.device, *, on_disk: bool, may_stay: bool) -> None:
+        """Compute what the layer needs on ``device``.
+
+        Args:
+            device: the compute device.
+            on_disk: the masters wait in files, not in host RAM.
+            may_stay: the policy has a preparing placement.
+        """
+        self.pieces = []
+        region = scratch = resident_scratch = 0
+        self.copy_bytes = self.resident_bytes = 0
+        self.can_stay = may_stay
+        readable = device.type == "cpu" and not on_disk
+        for master in self.masters:
+            codec = master.codec
+            if readable and not codec.casts_streamed:
+                continue
+            piece = Piece(master)
+            self.pieces.append(piece)
+            self.copy_bytes += master.nbytes
+            if not readable:
+                piece.region_offset = region
+                region += align(master.nbytes)
+            elif codec.resident == codec.rest:
+                self.can_stay = False  # a second copy beside the master gains nothing
+            if codec.casts_streamed:
+                piece.scratch_offset = scratch
+                scratch += align(master.count * codec.compute.itemsize)
+            if codec.casts_resident:
+                piece.resident_scratch_offset = resident_scratch
+                resident_scratch += align(master.count * codec.compute.itemsize)
+            resident = resident_dtype(master)
+            self.resident_bytes += align(master.count * resident.itemsize)
+        self.stream_bytes = region
+        self.cast_bytes = scratch
+        self.resident_cast_bytes = resident_scratch
+
+    @property
+    def copies_into_residence(self) -> bool:
+        """Whether a resident holds the bytes at rest as they are."""
+        return all(
+            piece.region_offset is not None
+            and piece.master.codec.resident == piece.master.codec.rest
+            for piece in self.pieces
+        )
+
+    def bind(self, region_block: Block | None, scratch_block: Block | None) -> None:
+        """Point every member at its value on the compute device.
+
+        Casts run on the stream that is current, from the region or the resident block
+        into the scratch.
+        """
+        for index, piece in enumerate(self.pieces):
+            base, start = self._value(index, piece, region_block, scratch_block)
+            for member in piece.master.members:
+                if piece.master.mixed:
+                    typed = base.view(torch.uint8).view(member.dtype)
+                    begin = start // member.dtype.itemsize
+                else:
+                    typed, begin = base, start
+                value = member.view(typed, begin)
+                member.tensor.data = value
+                member.bound_pointer = value.data_ptr()
+                member.version = version_of(member.tensor)
+
+    def _value(
+        self,
+        index: int,
+        piece: Piece,
+        region_block: Block | None,
+        scratch_block: Block | None,
+    ) -> tuple[torch.Tensor, int]:
+        """Return a flat tensor and the element at which the master's value begins."""
+        master = piece.master
+        codec = master.codec
+        count = master.count
+        source: torch.Tensor
+        if self.resident is not None:
+            dtype = resident_dtype(master)
+            source, start = self.resident[index].typed(dtype), 0
+            cast_to = piece.resident_scratch_offset
+        else:
+            cast_to = piece.scratch_offset
+            source, start = self._rest_source(piece, region_block)
+        if cast_to is None:
+            return source, start
+        assert scratch_block is not None and self.scratch is not None
+        target = scratch_block.typed(codec.compute)
+        first = (self.scratch.offset + cast_to) // codec.compute.itemsize
+        target[first : first + count].copy_(source[start : start + count])
+        return target, first
+
+    def fill_residence(self, blocks: list[Block], region_block: Block | None) -> None:
+        """Cast the layer's streamed bytes into resident blocks of another dtype."""
+        for index, piece in enumerate(self.pieces):
+            source, start = self._rest_source(piece, region_block)
+            count = piece.master.count
+            target = blocks[index].typed(resident_dtype(piece.master))
+            target[:count].copy_(source[start : start + count])
+
+    def _rest_source(
+        self, piece: Piece, region_block: Block | None
+    ) -> tuple[torch.Tensor, int]:
+        master = piece.master
+        if piece.region_offset is None:
+            return master.flat, 0
+        assert region_block is not None and self.region is not None
+        dtype = torch.uint8 if master.mixed else master.codec.rest
+        start = (self.region.offset + piece.region_offset) // dtype.itemsize
+        return region_block.typed(dtype), start
+
+    def write_back(self) -> bool:
+        """Copy bound values that were written to since `bind` into their masters.
+
+        Waits for the device, but only if there is something to copy: BatchNorm
+        statistics and caches are buffers, which have blocks of their own.
+
+        Returns:
+            Whether there was.
+        """
+        written = False
+        for piece in self.pieces:
+            for member in piece.master.members:
+                written |= piece.master.take_bound(member)
+        return written
+
+    def put_to_rest(self) -> None:
+        """Point every member at its master again."""
+        for piece in self.pieces:
+            piece.master.put_to_rest()
+
+    def revision(self) -> int:
+        """Look at the masters at rest and count their changes; see `reconcile`."""
+        total = 0
+        for piece in self.pieces:
+            piece.master.reconcile()
+            total += piece.master.revision
+        return total
+
+    @property
+    def can_stay_bound(self) -> bool:
+        """Whether a resident is what the forward reads, in the dtype at rest.
+
+        Only then may members point at it between passes: ``.dtype`` stays right.
+        """
+        return all(
+            piece.resident_scratch_offset is None
+            and piece.master.codec.resident == piece.master.codec.rest
+            for piece in self.pieces
+        )
+
+
+def resident_dtype(master: Master) -> torch.dtype:
+    """Return the dtype that a resident holds of this master."""
+    return torch.uint8 if master.mixed else master.codec.resident

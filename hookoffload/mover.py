@@ -1,0 +1,416 @@
+"""Layers to the compute device and back: window, residents, prefetch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from .budget import BudgetExceededError, MemoryBudget
+from .copy_engine import Copy, make_copy_engine
+from .device_memory import Block, DeviceMemory
+from .layer import Layer, resident_dtype
+from .order import ExecutionOrder
+from .planner import Plan
+from .ring import Region, RegionRing, RegionStack
+
+logger = logging.getLogger(__name__)
+
+# Residents on their way that nothing computes with yet: enough to keep the link busy.
+_RESIDENT_BYTES_UNDER_WAY = 512 * 2**20
+
+
+class Counters:
+    """What has happened since attach."""
+
+    __slots__ = (
+        "bytes_moved",
+        "bytes_written_back",
+        "forwards",
+        "hits",
+        "misses",
+    )
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.bytes_moved = 0
+        self.bytes_written_back = 0
+        self.hits = 0
+        self.misses = 0
+
+
+class LayerMover:
+    """Binds layers for their forwards and keeps the copies ahead of them.
+
+    Args:
+        device: the compute device.
+        budget: the accountant.
+        poison: overwrite released memory, to find late readers.
+    """
+
+    def __init__(
+        self, device: torch.device, budget: MemoryBudget, *, poison: bool = False
+    ) -> None:
+        self.device = device
+        self.memory = DeviceMemory(device, budget)
+        self.engine = make_copy_engine(device)
+        self.counters = Counters()
+        self.layers: Sequence[Layer] = ()
+        self.order = ExecutionOrder(())
+        self.plan: Plan | None = None
+        self._poison = poison
+        # The window: layers pass through the ring, first in first out; those during
+        # whose forward others pass have the stack.
+        self._ring_block: Block | None = None
+        self._ring = RegionRing(0)
+        self._stack_block: Block | None = None
+        self._stack = RegionStack(0)
+        self._scratch_block: Block | None = None
+        self._scratch = RegionStack(0)
+        self._under_way = 0  # bytes of residents whose copy nobody has waited for
+
+    # -- plan -----------------------------------------------------------------------
+
+    def set_layers(self, layers: Sequence[Layer], predicted: Sequence[int]) -> None:
+        """Take other layers; those before must have been dropped."""
+        self.layers = layers
+        self.order = ExecutionOrder(predicted)
+        self.plan = None
+
+    def apply(self, plan: Plan) -> None:
+        """Make memory what the plan says: give up first, take second.
+
+        Raises:
+            BudgetExceededError: It does not fit; then nothing is resident or taken.
+        """
+        if plan == self.plan:
+            return
+        self.cancel_prefetches()
+        for layer in self.layers:
+            layer.keep = layer.index in plan.resident
+            if not layer.keep and layer.resident is not None:
+                self.evict(layer)
+        try:
+            self._resize(plan)
+            for layer in self.layers:
+                if layer.keep and layer.resident is None and layer.pieces:
+                    layer.resident = self._residence(layer)
+                    layer.copied_revision = -1
+        except BaseException:
+            self.drop_all()
+            raise
+        self.engine.fence()
+        self.plan = plan
+
+    def _resize(self, plan: Plan) -> None:
+        if self._ring.capacity != plan.ring_bytes:
+            self._ring_block = self._replace(
+                self._ring_block, "window", plan.ring_bytes
+            )
+            self._ring = RegionRing(plan.ring_bytes)
+        if self._stack.capacity != plan.stack_bytes:
+            self._stack_block = self._replace(
+                self._stack_block, "window", plan.stack_bytes
+            )
+            self._stack = RegionStack(plan.stack_bytes)
+        if self._scratch.capacity != plan.scratch_bytes:
+            self._scratch_block = self._replace(
+                self._scratch_block, "casts", plan.scratch_bytes
+            )
+            self._scratch = RegionStack(plan.scratch_bytes)
+
+    def _replace(self, block: Block | None, kind: str, nbytes: int) -> Block | None:
+        if block is not None:
+            self.memory.free(block)
+        return self.memory.allocate(kind, nbytes) if nbytes else None
+
+    def _residence(self, layer: Layer) -> list[Block]:
+        blocks: list[Block] = []
+        try:
+            for piece in layer.pieces:
+                size = piece.master.count * resident_dtype(piece.master).itemsize
+                blocks.append(self.memory.allocate("residents", size, layer.name))
+        except BaseException:
+            for block in blocks:
+                self.memory.free(block)
+            raise
+        return blocks
+
+    # -- bind and release -----------------------------------------------------------
+
+    def bind(self, layer: Layer) -> None:
+        """Make a layer usable by what the current stream computes from now on."""
+        if layer.bound:
+            layer.bound += 1
+            return
+        self.order.visit(layer.index)
+        if not layer.stays_bound and layer.pieces:
+            self._bring(layer)
+            self._push_scratch(layer)
+            layer.bind(self._region_block(layer), self._scratch_block)
+        layer.bound = 1
+
+    def release(self, layer: Layer) -> None:
+        """Undo one `bind`; at the last, swap back to the masters and go on copying."""
+        layer.bound -= 1
+        if layer.bound or layer.stays_bound or not layer.pieces:
+            return
+        if layer.resident is not None and layer.can_stay_bound:
+            layer.stays_bound = True
+        else:
+            self._unbind(layer)
+        self.prefetch()
+
+    def _bring(self, layer: Layer) -> None:
+        """Have the layer's bytes in its region or residence, current and ready."""
+        revision = layer.revision()
+        current = layer.copied_revision == revision
+        if layer.copy is None and layer.resident is not None and current:
+            return
+        if layer.copy is not None and not current:
+            self._cancel(layer)  # edited at rest after the copy had begun
+        if layer.copy is None:
+            self.counters.misses += bool(layer.stream_bytes)
+            self._start(layer, now=True)
+        else:
+            self.counters.hits += 1
+        if layer.copy is not None:
+            self._finish(layer)
+        if layer.resident is not None and not layer.copies_into_residence:
+            layer.fill_residence(layer.resident, self._region_block(layer))
+            layer.copied_revision = revision
+            self._free_region(layer)
+
+    def _finish(self, layer: Layer) -> None:
+        copy = layer.copy
+        assert copy is not None
+        try:
+            self.engine.wait(copy)
+        except BaseException:
+            self._cancel(layer)
+            raise
+        self.counters.bytes_moved += copy.nbytes
+        if layer.resident is not None and layer.region is None:
+            self._under_way -= copy.nbytes
+        layer.copy = None
+
+    def _start(self, layer: Layer, *, now: bool) -> bool:
+        """Begin to copy a layer.
+
+        Args:
+            layer: at rest, nothing under way.
+            now: it is needed at once: make room, whatever else must go.
+
+        Returns:
+            Whether it was begun; False only if there was no room.
+        """
+        revision = layer.revision()
+        tokens: tuple[object, ...] = ()
+        pieces = [p for p in layer.pieces if p.region_offset is not None]
+        if layer.resident is not None and layer.copies_into_residence:
+            targets = [block.bytes for block in layer.resident]
+            self._under_way += sum(p.master.nbytes for p in pieces)
+        elif not layer.stream_bytes:
+            layer.copied_revision = revision
+            return True  # the compute device reads it where it rests, and casts
+        else:
+            found = self._room(layer, now=now)
+            if found is None:
+                return False
+            tokens = found
+            block = self._region_block(layer)
+            assert block is not None and layer.region is not None
+            begin = layer.region.offset
+            targets = [block.bytes[begin + (p.region_offset or 0) :] for p in pieces]
+        copy = Copy(
+            layer.name,
+            [
+                (piece.master, target[: piece.master.nbytes])
+                for piece, target in zip(pieces, targets, strict=True)
+            ],
+            tokens,
+        )
+        layer.copy = copy
+        layer.copied_revision = revision
+        self.engine.start(copy)
+        return True
+
+    def _room(self, layer: Layer, *, now: bool) -> tuple[object, ...] | None:
+        """Give the layer a region; None if there is none and it can wait."""
+        home = self._stack if layer.held else self._ring
+        size = layer.stream_bytes
+        fits = size <= home.capacity
+        found = _take(home, size) if fits else None
+        if found is None and not now:
+            return None
+        if found is None and fits:
+            self.cancel_prefetches()
+            found = _take(home, size)
+        if found is None:
+            # More layers are in use at once than the plan knows of: nothing that is
+            # in use can go, so the window grows by this one, if the limit allows.
+            logger.info("%s is needed beside the layers of the plan", layer.name)
+            layer.home = self.memory.allocate("window", size, layer.name)
+            self.engine.fence()
+            layer.region = Region(0, size)
+            return ()
+        layer.home = home
+        layer.region = found[0]
+        return found[1]
+
+    def _region_block(self, layer: Layer) -> Block | None:
+        if isinstance(layer.home, Block):
+            return layer.home
+        return self._stack_block if layer.held else self._ring_block
+
+    def _free_region(self, layer: Layer) -> None:
+        region, home = layer.region, layer.home
+        if region is None:
+            return
+        block = self._region_block(layer)
+        layer.region = layer.home = None
+        token = self.engine.done()
+        if self._poison and block is not None:
+            used = block.bytes[region.offset : region.offset + region.nbytes]
+            self.engine.poison(used, token)
+        if isinstance(home, Block):
+            self.memory.free(home)
+        elif isinstance(home, RegionRing):
+            home.free(region, token)
+        elif home is not None:
+            home.pop(region, token)
+
+    def _push_scratch(self, layer: Layer) -> None:
+        resident = layer.resident is not None
+        size = layer.resident_cast_bytes if resident else layer.cast_bytes
+        if not size:
+            return
+        pushed = self._scratch.push(size) if size <= self._scratch.capacity else None
+        if pushed is None:
+            self._free_region(layer)
+            raise BudgetExceededError(
+                f"{layer.name} needs {size} bytes for its cast while other layers are "
+                "in use; the plan did not foresee them at once. Raise limit_gb"
+            )
+        layer.scratch, tokens = pushed
+        self.engine.order_after(tokens)
+
+    def _unbind(self, layer: Layer) -> None:
+        """Swap a bound layer back to its masters and free what it used."""
+        if layer.write_back():
+            self.counters.bytes_written_back += layer.copy_bytes
+            layer.copied_revision = -1
+        layer.put_to_rest()
+        layer.stays_bound = False
+        if layer.scratch is not None:
+            self._scratch.pop(layer.scratch, self.engine.done())
+            layer.scratch = None
+        self._free_region(layer)
+
+    # -- prefetch -------------------------------------------------------------------
+
+    def prefetch(self) -> None:
+        """Start copying the next layers of the order that now fit."""
+        layers = self.layers
+        for index in self.order.upcoming():
+            layer = layers[index]
+            if layer.bound or layer.copy is not None or layer.stays_bound:
+                continue
+            if layer.resident is not None:
+                if layer.copied_revision >= 0 or not layer.copies_into_residence:
+                    continue
+                if self._under_way > _RESIDENT_BYTES_UNDER_WAY:
+                    return
+            elif not layer.stream_bytes or layer.held:
+                continue  # nothing to copy, or its place is not known beforehand
+            if not self._start(layer, now=False):
+                return
+
+    def cancel_prefetches(self) -> None:
+        """Give up copies that no forward has asked for yet."""
+        for layer in self.layers:
+            if layer.copy is not None and not layer.bound:
+                self._cancel(layer)
+
+    def _cancel(self, layer: Layer) -> None:
+        copy = layer.copy
+        assert copy is not None
+        copy.queued.wait()
+        layer.copy = None
+        layer.copied_revision = -1
+        if layer.region is None:
+            self._under_way -= copy.nbytes
+            return
+        region, home = layer.region, layer.home
+        layer.region = layer.home = None
+        # The next owner's copy is behind this one on the copy stream.
+        if isinstance(home, RegionRing):
+            home.free(region, copy.ready)
+        elif isinstance(home, RegionStack):
+            home.pop(region, copy.ready)
+        elif home is not None:
+            self.engine.drain()
+            self.memory.free(home)
+
+    # -- giving up ------------------------------------------------------------------
+
+    def evict(self, layer: Layer) -> None:
+        """Make a resident layer rest again; what was written to it is kept."""
+        if layer.copy is not None:
+            self._cancel(layer)
+        if layer.stays_bound and not layer.bound:
+            self._unbind(layer)
+        for block in layer.resident or ():
+            self.memory.free(block)
+        layer.resident = None
+        layer.copied_revision = -1
+
+    def sync(self, layer: Layer) -> None:
+        """Bring what was written to a resident into its masters."""
+        if layer.stays_bound and layer.write_back():
+            layer.copied_revision = layer_revision_at_rest(layer)
+            layer.bind(None, None)
+
+    def drop_all(self) -> None:
+        """Put every layer to rest and give all memory back, from whatever state.
+
+        Used by offload, by detach and behind an interrupted pass; a layer that is
+        bound at that moment counts as released.
+        """
+        self.engine.drain()
+        for layer in self.layers:
+            if layer.copy is not None:
+                self._cancel(layer)
+            if layer.bound or layer.stays_bound:
+                layer.bound = 0
+                if layer.pieces:
+                    self._unbind(layer)
+            if layer.region is not None:  # an interrupt fell between two steps
+                self._free_region(layer)
+            if layer.resident is not None:
+                self.evict(layer)
+            layer.keep = False
+        for block in (self._ring_block, self._stack_block, self._scratch_block):
+            if block is not None:
+                self.memory.free(block)
+        self._ring_block = self._stack_block = self._scratch_block = None
+        self._ring, self._stack = RegionRing(0), RegionStack(0)
+        self._scratch = RegionStack(0)
+        self._under_way = 0
+        self.plan = None
+
+    def close(self) -> None:
+        """End the engine's thread."""
+        self.engine.close()
+
+
+def layer_revision_at_rest(layer: Layer) -> int:
+    """Sum the revisions of a layer's masters without looking at the members."""
+    return sum(piece.master.revision for piece in layer.pieces)
+
+
+def _take(
+    home: RegionRing | RegionStack, size: int
+) -> tuple[Region, tuple[object, ...]] | None:
+    return home.allocate(size) if isinstance(home, RegionRing) else home.push(size)

@@ -1,0 +1,139 @@
+"""The sequence of layers in a pass: predicted, recorded, and followed."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+
+class ExecutionOrder:
+    """Follows the layers of a pass along a prediction that heals itself.
+
+    The prediction is cyclic, because passes repeat: after its last layer its first is
+    expected. A visit that was not expected moves the cursor to where the prediction
+    has that layer, so one surprise costs one miss and not the rest of the pass.
+
+    Example:
+        >>> order = ExecutionOrder([0, 1, 2])
+        >>> order.begin_pass()
+        >>> [order.visit(layer) for layer in (0, 2, 1)]
+        [True, False, False]
+        >>> order.end_pass(complete=True)
+        >>> order.sequence, list(order.upcoming(2))
+        ((0, 2, 1), [0, 2])
+    """
+
+    __slots__ = ("_cursor", "_in_pass", "_positions", "_recorded", "_sequence")
+
+    def __init__(self, predicted: Sequence[int]) -> None:
+        """Starts at the beginning of a prediction, outside of any pass.
+
+        Args:
+            predicted: The layers in the order in which they are expected; a layer may
+                appear several times or not at all.
+        """
+        self._sequence: tuple[int, ...] = ()
+        self._positions: dict[int, list[int]] = {}
+        self._cursor = 0
+        self._recorded: list[int] = []
+        self._in_pass = False
+        self._predict(tuple(predicted))
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """The current prediction."""
+        return self._sequence
+
+    @property
+    def recorded(self) -> tuple[int, ...]:
+        """The visits of the current pass, or of the last one when none is running."""
+        return tuple(self._recorded)
+
+    def begin_pass(self) -> None:
+        """Starts recording a pass at the beginning of the prediction."""
+        self._cursor = 0
+        self._recorded = []
+        self._in_pass = True
+
+    def visit(self, layer: int) -> bool:
+        """Follows one layer, and records it if a pass is running.
+
+        After an unexpected layer the cursor goes on behind the nearest later occurrence
+        of it, else behind its first one; a layer that the prediction does not
+        have leaves the cursor where it is.
+
+        Args:
+            layer: The layer that runs now.
+
+        Returns:
+            Whether it was the expected one.
+        """
+        if self._in_pass:
+            self._recorded.append(layer)
+        sequence = self._sequence
+        cursor = self._cursor
+        hit = bool(sequence) and sequence[cursor] == layer
+        if not hit:
+            positions = self._positions.get(layer)
+            if positions is None:
+                return False
+            later = bisect_right(positions, cursor)
+            cursor = positions[later if later < len(positions) else 0]
+        self._cursor = (cursor + 1) % len(sequence)
+        return hit
+
+    def upcoming(self, count_limit: int | None = None) -> Iterator[int]:
+        """Yields the layers expected next, going on into the next pass.
+
+        What it yields is fixed by the moment of the call; later visits do not move it.
+
+        Args:
+            count_limit: Stop after so many; None: after one lap, which is also the
+                most that is ever yielded.
+        """
+        count = len(self._sequence)
+        if count_limit is not None:
+            count = min(count, count_limit)
+        return _lap(self._sequence, self._cursor, count)
+
+    def end_pass(self, complete: bool) -> None:
+        """Ends the pass; does nothing when none is running.
+
+        Args:
+            complete: Whether the pass ran to its end. Its recording is then the new
+                prediction. A pass cut short by an exception keeps the old one, and so
+                does a pass without visits, which says nothing about an order.
+        """
+        if not self._in_pass:
+            return
+        self._in_pass = False
+        self._cursor = 0
+        if complete and self._recorded:
+            recorded = tuple(self._recorded)
+            if recorded != self._sequence:
+                self._predict(recorded)
+
+    def replace(self, predicted: Sequence[int]) -> None:
+        """Starts anew from another prediction, after layers were partitioned again.
+
+        A running pass is recorded no further: its numbers mean other layers now.
+
+        Args:
+            predicted: The layers in the order in which they are expected.
+        """
+        self._recorded = []
+        self._in_pass = False
+        self._predict(tuple(predicted))
+
+    def _predict(self, sequence: tuple[int, ...]) -> None:
+        self._sequence = sequence
+        self._cursor = 0
+        self._positions = {}
+        for position, layer in enumerate(sequence):
+            self._positions.setdefault(layer, []).append(position)
+
+
+def _lap(sequence: tuple[int, ...], start: int, count: int) -> Iterator[int]:
+    length = len(sequence)
+    for position in range(start, start + count):
+        yield sequence[position if position < length else position - length]

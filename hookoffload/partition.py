@@ -1,0 +1,345 @@
+"""Model -> layers: which tensors move together, and whose forward needs them.
+
+Everything here only reads the model; nothing is changed before the plan stands.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .codec import is_movable
+from .module_map import ModuleMap
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ManagedTensor:
+    """One tensor object of the model: a parameter or a buffer.
+
+    Attributes:
+        name: its first full name in the model; the others are in ``aliases``.
+        tensor: the object that the user holds; only its ``.data`` ever changes.
+        is_buffer: registered as a buffer.
+        aliases: further full names of the same object (tied weights).
+        persistent: False for a buffer that ``state_dict`` leaves out.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    is_buffer: bool
+    aliases: list[str] = field(default_factory=list)
+    persistent: bool = True
+
+
+@dataclass(eq=False)
+class TensorGroup:
+    """Tensors whose bytes overlap in one storage: one master, moved once.
+
+    Attributes:
+        members: the tensors; nearly always one.
+        low: first byte in the storage that they share.
+        high: one past their last byte.
+    """
+
+    members: list[ManagedTensor]
+    low: int
+    high: int
+
+    @property
+    def name(self) -> str:
+        """Full name of the first member."""
+        return self.members[0].name
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether no member is a parameter."""
+        return all(member.is_buffer for member in self.members)
+
+
+@dataclass
+class LayerSketch:
+    """A layer before it has masters: a module's name and the groups that it moves."""
+
+    name: str
+    module: nn.Module
+    groups: list[TensorGroup]
+
+
+@dataclass
+class SiteSketch:
+    """A module that gets hooks, and the layers that its forward needs.
+
+    Attributes:
+        name: full name of the module.
+        module: the module.
+        layers: indices of layers, its own first.
+        atomic: its subtree moves as one and is not entered.
+        outside: its hooks must not hang on the module itself (see
+            `needs_outside_hooks`).
+    """
+
+    name: str
+    module: nn.Module
+    layers: list[int]
+    atomic: bool
+    outside: bool
+
+
+@dataclass
+class Partition:
+    """What `partition` found.
+
+    Attributes:
+        layers: the units that move.
+        sites: the modules that get hooks.
+        always: groups that are on the compute device whatever happens: buffers, empty
+            tensors, and parameters of a root without a forward.
+        chains: layers that are bound at the same time at some moment, outermost
+            first, one chain a site.
+        held: indices of layers during whose forward other layers can run.
+    """
+
+    layers: list[LayerSketch]
+    sites: list[SiteSketch]
+    always: list[TensorGroup]
+    chains: list[tuple[int, ...]]
+    held: frozenset[int]
+
+
+def partition(
+    model: nn.Module, module_map: ModuleMap, joined: Sequence[tuple[str, str]] = ()
+) -> Partition:
+    """Divide a model into layers and find the modules whose forward needs them.
+
+    Args:
+        model: the root module.
+        module_map: what the user wants otherwise than the rules say.
+        joined: pairs (user module, tensor name) that the probe found: the user's
+            forward reads the tensor although another module owns it.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    tensors, groups = group_tensors(model)
+    group_of = {id(m.tensor): g for g in groups for m in g.members}
+    by_name = {n: m for m in tensors for n in (m.name, *m.aliases)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    wanted: dict[int, _Wanted] = {}
+    root_only: list[TensorGroup] = []
+    for owner, module, kind in _units(model, module_map):
+        own = list(module.parameters(recurse=kind == "atomic"))
+        if not own:
+            continue
+        if owner is None:
+            root_only.extend(group_of[id(p)] for p in own)
+            continue
+        entry = wanted.setdefault(id(owner), _Wanted(owner))
+        entry.atomic |= kind == "atomic"
+        entry.groups.extend(group_of[id(p)] for p in own)
+    always = [g for g in groups if g.is_buffer or g.low == g.high]
+    always += [g for g in _unique(root_only) if g not in always]
+    resting = {id(g) for g in always}
+    layers: list[LayerSketch] = []
+    layer_of: dict[int, int] = {}
+    sites: list[SiteSketch] = []
+    # Registration order: a parent's own tensors come before its children's, and a
+    # tensor that several modules use belongs to the first of them.
+    position = {id(module): i for i, module in enumerate(modules.values())}
+    for entry in sorted(wanted.values(), key=lambda e: position[id(e.module)]):
+        mine = [g for g in _unique(entry.groups) if id(g) not in resting]
+        fresh = [g for g in mine if id(g) not in layer_of]
+        name = names[id(entry.module)]
+        used = [layer_of[id(g)] for g in mine if id(g) in layer_of]
+        if fresh:
+            index = len(layers)
+            layers.append(LayerSketch(name, entry.module, fresh))
+            layer_of.update((id(g), index) for g in fresh)
+            used.insert(0, index)
+        if used:
+            outside = isinstance(entry.module, nn.TransformerEncoderLayer)
+            indices = list(dict.fromkeys(used))
+            site = SiteSketch(name, entry.module, indices, entry.atomic, outside)
+            sites.append(site)
+    _join(sites, joined, modules, by_name, layer_of, group_of)
+    chains, held = _nesting(sites)
+    return Partition(layers, sites, always, chains, held)
+
+
+def _join(
+    sites: list[SiteSketch],
+    joined: Sequence[tuple[str, str]],
+    modules: dict[str, nn.Module],
+    by_name: dict[str, ManagedTensor],
+    layer_of: dict[int, int],
+    group_of: dict[int, TensorGroup],
+) -> None:
+    """Let the layers of tensors that were read sideways come with their users too."""
+    by_module = {id(site.module): site for site in sites}
+    for user_name, tensor_name in joined:
+        user = modules.get(user_name)
+        managed = by_name.get(tensor_name)
+        if user is None or managed is None:
+            continue  # the model has changed since
+        layer = layer_of.get(id(group_of[id(managed.tensor)]))
+        site = by_module.get(id(user))
+        if layer is None:
+            continue
+        if site is None:
+            site = SiteSketch(user_name, user, [], atomic=False, outside=False)
+            by_module[id(user)] = site
+            sites.append(site)
+        if layer not in site.layers:
+            site.layers.append(layer)
+
+
+@dataclass
+class _Wanted:
+    """A module whose forward needs tensors, while they are being collected."""
+
+    module: nn.Module
+    groups: list[TensorGroup] = field(default_factory=list)
+    atomic: bool = False
+
+
+def group_tensors(
+    model: nn.Module,
+) -> tuple[list[ManagedTensor], list[TensorGroup]]:
+    """List a model's tensor objects, and group those whose bytes overlap."""
+    found: dict[int, ManagedTensor] = {}
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                _add(found, ManagedTensor(dot + key, parameter, is_buffer=False))
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                kept = key not in module._non_persistent_buffers_set
+                _add(found, ManagedTensor(dot + key, buffer, True, persistent=kept))
+    tensors = list(found.values())
+    return tensors, _overlapping(tensors)
+
+
+def _add(found: dict[int, ManagedTensor], new: ManagedTensor) -> None:
+    known = found.setdefault(id(new.tensor), new)
+    if known is not new:
+        known.aliases.append(new.name)
+        known.persistent |= new.persistent
+        known.is_buffer &= new.is_buffer
+
+
+def _overlapping(tensors: list[ManagedTensor]) -> list[TensorGroup]:
+    by_storage: dict[object, list[TensorGroup]] = defaultdict(list)
+    for managed in tensors:
+        tensor = managed.tensor
+        if not is_movable(tensor) or tensor.is_meta:
+            continue  # refused by `check_tensors`, with its name
+        low, high = span(tensor)
+        key: object = id(managed) if high == low else tensor.untyped_storage()._cdata
+        by_storage[key].append(TensorGroup([managed], low, high))
+    groups = []
+    for candidates in by_storage.values():
+        candidates.sort(key=lambda g: (g.low, g.high))
+        merged = [candidates[0]]
+        for group in candidates[1:]:
+            if group.low < merged[-1].high:
+                merged[-1].members += group.members
+                merged[-1].high = max(merged[-1].high, group.high)
+            else:
+                merged.append(group)
+        groups += merged
+    return groups
+
+
+def span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the range of bytes that a strided tensor covers in its storage."""
+    low = tensor.storage_offset() * tensor.itemsize
+    if tensor.numel() == 0:
+        return low, low
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return low, low + (last + 1) * tensor.itemsize
+
+
+def _units(
+    model: nn.Module, module_map: ModuleMap
+) -> Iterator[tuple[nn.Module | None, nn.Module, Literal["layer", "atomic"]]]:
+    """Yield (module whose forward needs the tensors, module that owns them, kind)."""
+    seen: set[int] = set()
+
+    def walk(
+        module: nn.Module, caller: nn.Module | None
+    ) -> Iterator[tuple[nn.Module | None, nn.Module, Literal["layer", "atomic"]]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        kind = module_map.kind_of(module) or default_kind(module)
+        if is_called(module):
+            caller = module
+        yield caller, module, kind
+        if kind == "layer":
+            for child in module.children():
+                yield from walk(child, caller)
+
+    yield from walk(model, None)
+
+
+def is_called(module: nn.Module) -> bool:
+    """Tell whether a module can be called: containers without a forward never are."""
+    return type(module).forward is not nn.Module.forward
+
+
+def default_kind(module: nn.Module) -> Literal["layer", "atomic"]:
+    """Return "atomic" for classes whose forward reads their children's tensors."""
+    atomic = (
+        isinstance(module, _READ_THEIR_CHILDREN)
+        or parametrize.is_parametrized(module)
+        or type(module).__name__ == "OptimizedModule"
+    )
+    return "atomic" if atomic else "layer"
+
+
+_READ_THEIR_CHILDREN = (
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    # Its fused path reads all tensors of the subtree and calls no child.
+    nn.TransformerEncoderLayer,
+    torch.jit.ScriptModule,
+)
+
+
+def _unique(groups: list[TensorGroup]) -> list[TensorGroup]:
+    return list({id(group): group for group in groups}.values())
+
+
+def _nesting(
+    sites: list[SiteSketch],
+) -> tuple[list[tuple[int, ...]], frozenset[int]]:
+    """Find the chains of sites that run inside one another, and the held layers."""
+    by_module = {id(site.module): site for site in sites}
+    inside: dict[int, list[SiteSketch]] = {id(s): [] for s in sites}
+    for site in sites:
+        if site.atomic:
+            continue
+        for module in site.module.modules():
+            other = by_module.get(id(module))
+            if other is not None and other is not site:
+                inside[id(other)].append(site)
+    chains: list[tuple[int, ...]] = []
+    held: set[int] = set()
+    for site in sites:
+        # An ancestor contains more sites than its descendants do.
+        outer = sorted(inside[id(site)], key=lambda s: len(inside[id(s)]))
+        for ancestor in outer:
+            held.update(ancestor.layers)
+        if len(site.layers) > 1:
+            held.update(site.layers)
+        chain = [i for s in (*outer, site) for i in s.layers]
+        chains.append(tuple(dict.fromkeys(chain)))
+    return chains, frozenset(held)

@@ -1,0 +1,355 @@
+"""Layers and a limit become a plan: pure arithmetic that moves nothing."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hookoffload.budget import BudgetExceededError, format_gib_up, format_limit
+from hookoffload.plan import LayerSpec, Plan
+
+__all__ = ["LayerSpec", "Plan", "make_plan"]
+
+# Norms, biases and tables: too small for a copy of their own to be worth its launch.
+SMALL_LAYER_BYTES = 2**20
+
+# Small layers stay even where the window has to shrink for them, as long as they take
+# at most this part of what the limit leaves for residents and window.
+SMALL_LAYERS_SHARE = 8
+
+# The window that a plan wants. One layer computes while the next is being copied and
+# the one after it has a place: more than three of the largest buys almost nothing.
+# 256 MiB are 5 ms of copying at 50 GiB/s, which covers the launch gaps between many
+# small layers; a sixteenth of the streamed bytes keeps that in proportion in a model
+# that is itself small, where the memory does more good as residents.
+WINDOW_LAYERS = 3
+WINDOW_BYTES = 256 * 2**20
+WINDOW_SHARE = 16
+
+
+def make_plan(
+    layers: Sequence[LayerSpec],
+    *,
+    order: Sequence[int],
+    chains: Sequence[tuple[int, ...]],
+    limit_bytes: int | None,
+    always_bytes: int = 0,
+    activation_bytes: int = 0,
+    keep_residents: bool = True,
+) -> Plan:
+    """Chooses the residents and the size of the window.
+
+    One list of priorities, which does not depend on the limit, is cut off where the
+    memory ends. So the residents of a smaller limit are a subset of those of a larger
+    one, and more memory never means more bytes over the link.
+
+    Args:
+        layers: Every layer of the model.
+        order: The layers of a pass, as indices, in sequence.
+        chains: Layers that are bound at the same time at some moment, outermost first,
+            at most one of them not held. A layer in no chain is bound alone.
+        limit_bytes: The most the plan may take, in bytes; None: no limit; 0: as little
+            as possible, nothing resident.
+        always_bytes: Bytes that are on the device whatever is planned.
+        activation_bytes: Bytes to leave for activations. They shrink what is left for
+            residents and window, but never make a limit impossible.
+        keep_residents: False streams everything, as a first, measuring pass does.
+
+    Returns:
+        The plan. It keeps the limit, activations included, unless these leave less
+        than the least window; then it is the smallest plan there is.
+
+    Raises:
+        BudgetExceededError: If the limit is below the least this model needs.
+
+    Example:
+        >>> specs = [
+        ...     LayerSpec(name=f"blocks.{i}", stream_bytes=2**30, copy_bytes=2**30,
+        ...               resident_bytes=2**30)
+        ...     for i in range(8)
+        ... ]
+        >>> plan = make_plan(specs, order=range(8), chains=[], limit_bytes=5 * 2**30)
+        >>> sorted(plan.resident), plan.ring_bytes == 3 * 2**30
+        ([0, 4], True)
+    """
+    layers = tuple(layers)
+    priority, small_count = _priority(layers, order)
+    needs = _Needs(layers, chains, frozenset(priority))
+    least = _Least.of(layers, needs.chains, always_bytes)
+    if limit_bytes is not None and 0 < limit_bytes < least.total:
+        raise BudgetExceededError(least.explain(limit_bytes))
+    if limit_bytes == 0:
+        limit_bytes, keep_residents = least.total, False
+
+    room: int | None = None
+    small_stay = True
+    if limit_bytes is not None:
+        room = limit_bytes - always_bytes - activation_bytes
+        small = sum(layers[index].resident_bytes for index in priority[:small_count])
+        beside_least = room - least.stack - least.scratch - least.ring
+        small_stay = small * SMALL_LAYERS_SHARE <= beside_least
+
+    # From the end of the list: the first count that fits is the largest that does.
+    count = len(priority)
+    while count:
+        fits = room is None or needs.total(needs.ring_wanted) <= room
+        if keep_residents and (fits or (count == small_count and small_stay)):
+            break
+        count -= 1
+        needs.stream(priority[count])
+    needs.settle()
+
+    ring = needs.ring_wanted
+    if room is not None:
+        ring = max(needs.ring_least, min(ring, room - needs.total(ring=0)))
+    return Plan(
+        layers=layers,
+        resident=frozenset(priority[:count]),
+        order=tuple(order),
+        limit_bytes=limit_bytes,
+        least_bytes=least.total,
+        ring_bytes=ring,
+        stack_bytes=needs.stack,
+        scratch_bytes=needs.scratch,
+        always_bytes=always_bytes,
+        activation_bytes=activation_bytes,
+    )
+
+
+def _ring_wanted(largest: int, total: int) -> int:
+    """The first-in-first-out part that streamed layers of these sizes are given."""
+    enough = min(WINDOW_BYTES, total // WINDOW_SHARE)
+    return min(total, max(WINDOW_LAYERS * largest, enough))
+
+
+class _Needs:
+    """What a plan takes, while its residents become streamed one after another."""
+
+    def __init__(
+        self,
+        layers: tuple[LayerSpec, ...],
+        chains: Sequence[tuple[int, ...]],
+        resident: frozenset[int],
+    ) -> None:
+        alone = set(range(len(layers))).difference(*chains)
+        self.chains = [tuple(dict.fromkeys(chain)) for chain in chains]
+        self.chains += [(index,) for index in sorted(alone)]
+        self.stack = 0
+        self.scratch = 0
+        self._layers = layers
+        self._resident_bytes = 0
+        self._ring_total = 0
+        self.ring_least = 0
+        self._held_in = [0] * len(self.chains)
+        self._casts_in = [0] * len(self.chains)
+        self._chains_of: list[list[int]] = [[] for _ in layers]
+        for number, chain in enumerate(self.chains):
+            for index in chain:
+                self._chains_of[index].append(number)
+                self._casts_in[number] += layers[index].resident_cast_bytes
+        for index, layer in enumerate(layers):
+            self._resident_bytes += layer.resident_bytes
+            if index not in resident:
+                self.stream(index)
+        self.settle()
+
+    @property
+    def ring_wanted(self) -> int:
+        return _ring_wanted(self.ring_least, self._ring_total)
+
+    def total(self, ring: int) -> int:
+        """Bytes taken with such a ring, without what is there always."""
+        return self._resident_bytes + ring + self.stack + self.scratch
+
+    def stream(self, index: int) -> None:
+        """Takes a layer out of the residents."""
+        layer = self._layers[index]
+        self._resident_bytes -= layer.resident_bytes
+        if not layer.held:
+            self._ring_total += layer.stream_bytes
+            self.ring_least = max(self.ring_least, layer.stream_bytes)
+        for number in self._chains_of[index]:
+            self._casts_in[number] += layer.cast_bytes - layer.resident_cast_bytes
+            # Where streaming a layer makes casts smaller, the scratch keeps its size
+            # for now: too large, because a new maximum would have to be searched.
+            self.scratch = max(self.scratch, self._casts_in[number])
+            if layer.held:
+                self._held_in[number] += layer.stream_bytes
+                self.stack = max(self.stack, self._held_in[number])
+
+    def settle(self) -> None:
+        """Makes the scratch exact for the residents that are left."""
+        self.scratch = max(self._casts_in, default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Least:
+    """The smallest plan there is, whatever is resident, and why it is no smaller."""
+
+    ring: int
+    stack: int
+    scratch: int
+    always: int
+    largest: str
+    held: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, layers: tuple[LayerSpec, ...], chains: list[tuple[int, ...]], always: int
+    ) -> _Least:
+        passing = [layer for layer in layers if not layer.held]
+        largest = max(passing, key=lambda layer: layer.stream_bytes, default=None)
+        stack, scratch = 0, 0
+        held: tuple[str, ...] = ()
+        for chain in chains:
+            members = [layers[index] for index in chain]
+            outer = [layer for layer in members if layer.held]
+            if len(members) - len(outer) > 1:
+                names = ", ".join(layer.name for layer in members if not layer.held)
+                raise AssertionError(
+                    f"{names} are bound at the same time, but only one of them is "
+                    "allowed to be a layer that is not held."
+                )
+            taken = sum(layer.stream_bytes for layer in outer)
+            if taken > stack:
+                stack, held = taken, tuple(layer.name for layer in outer)
+            scratch = max(scratch, sum(map(_most_cast_bytes, members)))
+        return cls(
+            ring=largest.stream_bytes if largest else 0,
+            stack=stack,
+            scratch=scratch,
+            always=always,
+            largest=largest.name if largest else "",
+            held=held,
+        )
+
+    @property
+    def total(self) -> int:
+        return self.always + self.ring + self.stack + self.scratch
+
+    def explain(self, limit_bytes: int) -> str:
+        needed = format_gib_up(self.total)
+        held = " and ".join(self.held)
+        parts = [
+            (self.ring, f"{self.largest} takes"),
+            (self.always, "always-resident tensors"),
+            (self.stack, f"{held} (bound while other layers run)"),
+            (self.scratch, "casts to the computation dtype"),
+        ]
+        why = ", ".join(f"{what} {format_gib_up(n)}" for n, what in parts if n)
+        return (
+            f"limit_gb={format_limit(limit_bytes)} is below the least this model "
+            f"needs, {needed} GiB: {why}. Set limit_gb={needed} or more, or 0 for as "
+            "little as possible."
+        )
+
+
+def _most_cast_bytes(layer: LayerSpec) -> int:
+    if not layer.can_stay:
+        return layer.cast_bytes
+    return max(layer.cast_bytes, layer.resident_cast_bytes)
+
+
+def _priority(
+    layers: tuple[LayerSpec, ...], order: Sequence[int]
+) -> tuple[list[int], int]:
+    """Lists the layers that may stay, the most wanted first; counts the small ones."""
+    giants = _giants(layers)
+    visited = set(order)
+    groups: list[list[int]] = [[], [], [], [], []]
+    for index, layer in enumerate(layers):
+        if not layer.can_stay:
+            continue
+        if index in giants:
+            rank = 2
+        elif index not in visited:
+            rank = 4
+        elif layer.stream_bytes <= SMALL_LAYER_BYTES:
+            rank = 0
+        else:
+            rank = 1 if layer.held else 3
+        groups[rank].append(index)
+    small, held, giant, rest, absent = groups
+    spread = [*_spread(small, layers, order), *_spread(held, layers, order), *giant]
+    return [*spread, *_spread(rest, layers, order), *absent], len(small)
+
+
+def _giants(layers: tuple[LayerSpec, ...]) -> frozenset[int]:
+    """Finds the few layers that alone make the window large.
+
+    A vocabulary's output layer among layers a tenth of its size: streamed, it
+    wants a window of three times its own bytes; resident, it takes them once, and the
+    window is sized by the others. So it stays before all but the small and the held.
+    """
+    passing = [i for i, layer in enumerate(layers) if not layer.held]
+    passing.sort(key=lambda index: -layers[index].stream_bytes)
+    sizes = [layers[index].stream_bytes for index in passing]
+    total = sum(sizes)
+    streamed = _ring_wanted(sizes[0], total) if sizes else 0
+    most_saved, giants, taken = 0, 0, 0
+    for count, index in enumerate(passing[:-1], start=1):
+        layer = layers[index]
+        taken += layer.resident_bytes
+        if taken >= streamed or not layer.can_stay or sizes[count] == 0:
+            break
+        if layer.stream_bytes <= SMALL_LAYER_BYTES:
+            break
+        total -= layer.stream_bytes
+        saved = streamed - taken - _ring_wanted(sizes[count], total)
+        if saved > most_saved:
+            most_saved, giants = saved, count
+    return frozenset(passing[:giants])
+
+
+def _spread(
+    group: list[int], layers: tuple[LayerSpec, ...], order: Sequence[int]
+) -> list[int]:
+    """Lists a group so that every beginning of the list is spread over the order.
+
+    The points of the van der Corput sequence (0, 1/2, 1/4, 3/4, 1/8, ...) fill the
+    order, measured in bytes, evenly at any count; each takes the nearest layer left.
+    """
+    members = set(group)
+    middles: list[float] = []
+    owners: list[int] = []
+    slots: dict[int, list[int]] = {index: [] for index in group}
+    end = 0
+    for index in order:
+        start, end = end, end + layers[index].stream_bytes
+        if index in members:
+            slots[index].append(len(owners))
+            middles.append((start + end) / 2)
+            owners.append(index)
+    # Slot i is at i + 1 in both, with a guard before the first and behind the last.
+    left = list(range(len(owners) + 2))
+    right = list(range(len(owners) + 2))
+    spread: list[int] = []
+    while len(spread) < len(group):
+        point = _radical_inverse(len(spread)) * end
+        at = bisect_left(middles, point)
+        before, behind = _free(left, at) - 1, _free(right, at + 1) - 1
+        nearer = behind
+        if behind == len(owners) or (
+            before >= 0 and point - middles[before] < middles[behind] - point
+        ):
+            nearer = before
+        spread.append(owners[nearer])
+        for slot in slots[owners[nearer]]:
+            left[slot + 1] = slot
+            right[slot + 1] = slot + 2
+    return spread
+
+
+def _radical_inverse(number: int) -> float:
+    """Mirrors the binary digits of a number at the point: 6 = 110b becomes 0.011b."""
+    digits = f"{number:b}"
+    return int(digits[::-1], 2) / (1 << len(digits))
+
+
+def _free(links: list[int], slot: int) -> int:
+    """Follows links of taken slots to a free one, and shortens the way for the next."""
+    while links[slot] != slot:
+        links[slot] = links[links[slot]]
+        slot = links[slot]
+    return slot

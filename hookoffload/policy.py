@@ -1,0 +1,512 @@
+"""What the user asks for: where layers rest, wait and compute, and within how much."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .module_map import ModuleMap
+
+BYTES_PER_GIB = 2**30
+
+_Place = torch.device | Literal["disk"]
+
+_CPU = torch.device("cpu")
+_DEVICE_KINDS = "cpu, cuda, xpu, mps, npu, hpu, mtia"
+_STATES = ("offload", "onload", "preparing", "computation")
+_SEED_KEYS = [f"{state}_{what}" for state in _STATES for what in ("dtype", "device")]
+# torch counts these as floating, but no cast carries a weight over: one packs two
+# values into an element, the other is an exponent without a sign.
+_NOT_CASTABLE = ("torch.float4_e2m1fn_x2", "torch.float8_e8m0fnu")
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class Placement:
+    """Where a layer's bytes lie in one of its states, and as what.
+
+    Attributes:
+        device: A device, "disk", or None where nothing is said (the policy fills it
+            in). The CPU is kept without an index.
+        dtype: The dtype of floating tensors; other tensors keep theirs. None is each
+            tensor's own dtype. On disk, it is that of the bytes in the file.
+
+    Example:
+        >>> Placement(dtype="disk")
+        Placement(device='disk', dtype=None)
+    """
+
+    device: torch.device | Literal["disk"] | None
+    dtype: torch.dtype | None
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        """Checks and normalises both.
+
+        Args:
+            device: A device or "disk"; None says nothing.
+            dtype: A floating dtype; None is each tensor's own. The word "disk" puts
+                the placement on disk, whatever `device` says.
+
+        Raises:
+            ValueError: The device or the dtype cannot hold weights.
+        """
+        place = _checked_place("device", device)
+        if dtype == "disk":
+            place, dtype = "disk", None
+        # Frozen: there is no other way to set a field.
+        object.__setattr__(self, "device", place)
+        object.__setattr__(self, "dtype", _checked_dtype("dtype", dtype, disk=True))
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the bytes lie in a file."""
+        return self.device == "disk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedPolicy:
+    """A policy with nothing left open, for the machine on which it was resolved.
+
+    Attributes:
+        limit_bytes: The limit in bytes; None is unlimited, 0 as little as possible.
+        compute_device: With its index, if it is an accelerator, so that equal devices
+            compare equal.
+        compute_dtype: None computes in each tensor's own dtype.
+        offload: Where a layer rests; its device is the CPU, the disk or the compute
+            device.
+        onload: Where a layer waits while its model is in use; same devices.
+        preparing: Where a resident lies, always on the compute device; None where no
+            layer may stay resident. A dtype of None is decided for each tensor: the
+            smaller of the storage and the computation dtype.
+        disk_dir: The folder for files on disk; None is the system's temporary one.
+        module_map: The user's map, empty if there is none.
+    """
+
+    limit_bytes: int | None
+    compute_device: torch.device
+    compute_dtype: torch.dtype | None
+    offload: Placement
+    onload: Placement
+    preparing: Placement | None
+    disk_dir: Path | None
+    module_map: ModuleMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadPolicy:
+    """How much memory a model may take, and where its layers are kept meanwhile.
+
+    The short fields are enough for most uses. The four placements say the same in
+    full, and more; where both speak of one thing, they must agree.
+
+    Attributes:
+        limit_gb: The limit in GiB (2 is 2 * 2**30 bytes). None is unlimited, 0 is as
+            little as possible.
+        compute_device: Where layers compute. Default: the accelerator, if there is
+            one, else the CPU. Same as `computation.device`.
+        compute_dtype: In which floating dtype. Default: each tensor's own. Same as
+            `computation.dtype`.
+        storage_dtype: The floating dtype at rest and while waiting, in memory or on
+            disk. Default: each tensor's own. Same as the dtype of `offload` and
+            `onload`.
+        store: Where layers rest and wait, "cpu" or "disk". Same as the device of
+            `offload` and `onload`. None, the default, is "cpu" where these do not say.
+        disk_dir: The folder for files on disk. Default: the system's temporary one.
+        module_map: Which modules move as a layer: `{class or dotted name: "layer" or
+            "atomic"}`, or one such map for each model class. Kept as a checked copy.
+        offload: Where a layer rests while its model is not needed. Default device:
+            what `store` says; without it the disk, if `onload` is on disk.
+        onload: Where a layer waits while its model is in use. It must not be further
+            away than `offload`. A dtype not given is that of `offload`.
+        preparing: Where a resident lies between passes: the compute device, which is
+            the default, or "disk" for no residents. A dtype not given is, for each
+            tensor, the smaller of the storage and the computation dtype.
+        computation: Where and as what a layer computes.
+        debug: Overwrite memory with NaN when a layer is released, so that code which
+            keeps a streamed weight beyond its forward computes NaN. Slow.
+
+    Raises:
+        ValueError: A value is not legal, or two of them contradict each other.
+
+    Example:
+        >>> policy = OffloadPolicy(limit_gb=2, compute_device="cpu")
+        >>> policy.resolve().limit_bytes
+        2147483648
+    """
+
+    limit_gb: float | None = None
+    compute_device: torch.device | str | None = None
+    compute_dtype: torch.dtype | None = None
+    storage_dtype: torch.dtype | None = None
+    store: Literal["cpu", "disk"] | None = None
+    disk_dir: str | os.PathLike[str] | None = None
+    module_map: Mapping[Any, Any] | ModuleMap | None = None
+    offload: Placement | None = None
+    onload: Placement | None = None
+    preparing: Placement | None = None
+    computation: Placement | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every field, then the fields against each other."""
+        normal: dict[str, Any] = {
+            "limit_gb": _checked_limit("limit_gb", self.limit_gb),
+            "compute_device": _checked_device("compute_device", self.compute_device),
+        }
+        _checked_dtype("compute_dtype", self.compute_dtype)
+        _checked_dtype("storage_dtype", self.storage_dtype)
+        if self.store not in (None, "cpu", "disk"):
+            raise ValueError(f"store={self.store!r} is unknown; use 'cpu' or 'disk'")
+        _check_folder(self.disk_dir)
+        if self.module_map is not None:
+            normal["module_map"] = ModuleMap(self.module_map)
+        for state in _STATES:
+            placement = getattr(self, state)
+            if placement is not None and not isinstance(placement, Placement):
+                raise ValueError(
+                    f"{state}={placement!r} is not a Placement; write "
+                    f'{state}=Placement(device="cpu")'
+                )
+        if self.computation is not None and self.computation.on_disk:
+            raise ValueError(
+                f"computation={self.computation!r} is on disk, and nothing computes "
+                f"there; known kinds of devices: {_DEVICE_KINDS}"
+            )
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
+        self._said_dtype("compute_dtype", "computation")
+        # A device that is only known on the machine is checked in resolve.
+        self._placements(self._said_compute_device())
+
+    @classmethod
+    def from_vram_config(
+        cls,
+        vram_config: Mapping[str, Any],
+        *,
+        vram_limit: float | None = None,
+        module_map: Mapping[Any, Any] | ModuleMap | None = None,
+    ) -> OffloadPolicy:
+        """Makes a policy from a DiffSynth-Studio `vram_config`.
+
+        A missing dtype is `computation_dtype`, or that of the file for a state on disk.
+        A missing device is "disk" if the state's dtype is, else `computation_device`.
+        A missing `computation_device` is this machine's default device, and a missing
+        `computation_dtype` each tensor's own. None counts as missing.
+
+        Args:
+            vram_config: `offload_`, `onload_`, `preparing_` and `computation_`, each
+                with `dtype` and `device`.
+            vram_limit: The limit in GiB, as `limit_gb`.
+            module_map: As the field.
+
+        Raises:
+            ValueError: A key is unknown, or a value is not legal.
+
+        Example:
+            >>> policy = OffloadPolicy.from_vram_config(
+            ...     {"offload_dtype": "disk", "computation_device": "cpu"}, vram_limit=2
+            ... )
+            >>> policy.offload
+            Placement(device='disk', dtype=None)
+        """
+        if not isinstance(vram_config, Mapping):
+            raise ValueError(f"vram_config={vram_config!r} is not a mapping")
+        for key in vram_config:
+            if key not in _SEED_KEYS:
+                near = difflib.get_close_matches(str(key), _SEED_KEYS, n=3)
+                raise ValueError(
+                    f"vram_config has the unknown key {key!r}; "
+                    f"use one of {', '.join(near or _SEED_KEYS)}"
+                )
+        values = dict.fromkeys(_SEED_KEYS) | dict(vram_config)
+        main_dtype = _checked_dtype(
+            "vram_config['computation_dtype']", values["computation_dtype"]
+        )
+        main_device = _checked_device(
+            "vram_config['computation_device']", values["computation_device"]
+        )
+        main_device = main_device or _default_device()
+        placements = {}
+        for state in _STATES[:-1]:
+            key = f"{state}_device"
+            device = _checked_place(f"vram_config[{key!r}]", values[key])
+            key = f"{state}_dtype"
+            dtype = values[key]
+            if dtype == "disk":
+                device, dtype = "disk", None
+            dtype = _checked_dtype(f"vram_config[{key!r}]", dtype, disk=True)
+            if device != "disk":
+                dtype = dtype or main_dtype
+            placements[state] = Placement(device=device or main_device, dtype=dtype)
+        return cls(
+            limit_gb=_checked_limit("vram_limit", vram_limit),
+            module_map=module_map,
+            offload=placements["offload"],
+            onload=placements["onload"],
+            preparing=placements["preparing"],
+            computation=Placement(device=main_device, dtype=main_dtype),
+        )
+
+    def resolve(self) -> ResolvedPolicy:
+        """Fills in every default and finds the devices on this machine.
+
+        Raises:
+            ValueError: This machine has no such device, the default device contradicts
+                a placement, or `disk_dir` is a file.
+        """
+        wanted = self._said_compute_device() or _default_device()
+        compute = _present_device(self._compute_field(), wanted)
+        offload, onload, preparing = self._placements(compute)
+        folder = None if self.disk_dir is None else Path(self.disk_dir).expanduser()
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"disk_dir={str(folder)!r} is not a folder")
+        limit = self.limit_gb
+        return ResolvedPolicy(
+            limit_bytes=None if limit is None else int(Fraction(limit) * BYTES_PER_GIB),
+            compute_device=compute,
+            compute_dtype=self._said_dtype("compute_dtype", "computation"),
+            offload=offload,
+            onload=onload,
+            preparing=None if preparing.on_disk else preparing,
+            disk_dir=folder,
+            module_map=ModuleMap(self.module_map),
+        )
+
+    def _placements(
+        self, compute: torch.device | None
+    ) -> tuple[Placement, Placement, Placement]:
+        """Returns offload, onload and preparing, checked against each other."""
+        offload: _Place | None
+        onload: _Place | None
+        offload, onload = self._storage_devices()
+        offload_dtype = self._said_dtype("storage_dtype", "offload")
+        onload_dtype = self._said_dtype("storage_dtype", "onload") or offload_dtype
+        if onload == "disk":
+            if offload_dtype not in (None, onload_dtype):
+                raise ValueError(
+                    f"offload.dtype={offload_dtype} and onload.dtype={onload_dtype} "
+                    "differ, but on disk a layer has one file; give the same dtype"
+                )
+            offload_dtype = onload_dtype
+        offload = self._settled("offload", offload, compute)
+        onload = self._settled("onload", onload, compute)
+        preparing = self.preparing or Placement()
+        resident = self._settled("preparing", preparing.device, compute)
+        return (
+            Placement(device=offload, dtype=offload_dtype),
+            Placement(device=onload, dtype=onload_dtype),
+            Placement(device=resident, dtype=preparing.dtype),
+        )
+
+    def _storage_devices(self) -> tuple[_Place, _Place]:
+        """Returns where a layer rests and where it waits."""
+        said: list[_Place | None] = []
+        for state, placement in (("offload", self.offload), ("onload", self.onload)):
+            device = None if placement is None else placement.device
+            store = _checked_place("store", self.store)
+            if None not in (device, store) and device != store:
+                raise ValueError(
+                    f"store={self.store!r} contradicts {state}.device={str(device)!r}; "
+                    "leave store out, or make them agree"
+                )
+            said.append(device or store)
+        offload, onload = said
+        if offload is None:
+            offload = "disk" if onload == "disk" else _CPU
+        if onload is None:
+            onload = _CPU if offload == "disk" else offload
+        if _distance(onload) > _distance(offload):
+            raise ValueError(
+                f"onload.device={str(onload)!r} is further away than "
+                f"offload.device={str(offload)!r}, but a layer cannot wait further "
+                "away than it rests; move offload there too, or onload nearer"
+            )
+        if self.disk_dir is not None and offload != "disk":
+            raise ValueError(
+                f"disk_dir={self.disk_dir!r} is given, but nothing is on disk: "
+                f"store={self.store!r}, offload.device={str(offload)!r}; give "
+                'store="disk", or leave disk_dir out'
+            )
+        return offload, onload
+
+    def _settled(
+        self, state: str, device: _Place | None, compute: torch.device | None
+    ) -> _Place | None:
+        """Returns a state's device in full, as far as the compute device is known."""
+        if compute is None or device == "disk":
+            return device
+        if device is None or (device != _CPU and _may_be_same(device, compute)):
+            return compute
+        if device == _CPU and (state != "preparing" or compute == _CPU):
+            return device
+        field, name = self._compute_field(), str(compute)
+        raise ValueError(
+            f"{state}.device={str(device)!r} does not go with {field}={name!r}; "
+            f"use {name!r}{'' if state == 'preparing' else ', cpu'} or disk"
+        )
+
+    def _compute_field(self) -> str:
+        """Returns the field that says where layers compute, for errors."""
+        if self.computation is None or self.computation.device is None:
+            return "compute_device"
+        return "computation.device"
+
+    def _said_compute_device(self) -> torch.device | None:
+        short = _checked_device("compute_device", self.compute_device)
+        long = None
+        if self.computation is not None:
+            long = _checked_device("computation.device", self.computation.device)
+        if short is None or long is None:
+            return short or long
+        if not _may_be_same(short, long):
+            raise ValueError(
+                f"compute_device={str(short)!r} contradicts "
+                f"computation.device={str(long)!r}; give one of them"
+            )
+        return long if short.index is None else short
+
+    def _said_dtype(self, short_field: str, state: str) -> torch.dtype | None:
+        short: torch.dtype | None = getattr(self, short_field)
+        placement: Placement | None = getattr(self, state)
+        long = None if placement is None else placement.dtype
+        if None not in (short, long) and short != long:
+            raise ValueError(
+                f"{short_field}={short} contradicts {state}.dtype={long}; "
+                "give one of them"
+            )
+        return long if short is None else short
+
+
+def _checked_limit(field: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            limit = float(value)
+        except OverflowError:
+            limit = math.inf
+        # In bytes it must be finite as well.
+        if limit >= 0 and math.isfinite(limit * BYTES_PER_GIB):
+            return limit
+    raise ValueError(
+        f"{field}={value!r} is not a number of GiB; use None (unlimited), 0 (as little "
+        "as possible) or a positive number such as 2.5"
+    )
+
+
+def _checked_place(field: str, value: object) -> _Place | None:
+    return "disk" if value == "disk" else _checked_device(field, value, disk=True)
+
+
+def _checked_device(
+    field: str, value: object, *, disk: bool = False
+) -> torch.device | None:
+    """Returns a value as a device; `disk` only adds that word to the error."""
+    if value is None:
+        return None
+    if isinstance(value, str | torch.device):
+        with contextlib.suppress(RuntimeError):
+            device = torch.device(value)
+            # Meta tensors have no bytes to bring in.
+            if device.type != "meta":
+                return _CPU if device.type == "cpu" else device
+    raise ValueError(
+        f"{field}={value!r} is no device that can be used here; give its kind, and "
+        "its index if there are several, such as 'cuda:1' (known kinds: "
+        f"{_DEVICE_KINDS}{', disk' if disk else ''})"
+    )
+
+
+def _checked_dtype(
+    field: str, value: object, *, disk: bool = False
+) -> torch.dtype | None:
+    """Returns a value as a dtype; `disk` only adds that word to the error."""
+    if value is None:
+        return None
+    if (
+        isinstance(value, torch.dtype)
+        and value.is_floating_point
+        and str(value) not in _NOT_CASTABLE
+    ):
+        return value
+    raise ValueError(
+        f"{field}={value!r} is no dtype that weights can be cast to; use a floating "
+        f"one such as torch.bfloat16{', the word disk' if disk else ''} or None"
+    )
+
+
+def _check_folder(value: object) -> None:
+    if value is None:
+        return
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    # An empty path would be the working directory, which nobody means by it.
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"disk_dir={value!r} is not the path of a folder")
+
+
+def _distance(place: _Place) -> int:
+    """Returns how far a place is from where layers compute."""
+    if place == "disk":
+        return 2
+    return 1 if place == _CPU else 0
+
+
+def _may_be_same(one: _Place, other: torch.device) -> bool:
+    """Returns whether two devices are one; without an index any of its kind fits."""
+    if isinstance(one, str) or one.type != other.type:
+        return False
+    return one.index is None or other.index is None or one.index == other.index
+
+
+def _default_device() -> torch.device:
+    accelerator = _accelerator()
+    return _CPU if accelerator is None else torch.device(accelerator.type)
+
+
+def _accelerator() -> torch.device | None:
+    # Some versions name an accelerator that they were built for and that is not there.
+    if not torch.accelerator.is_available():
+        return None
+    return torch.accelerator.current_accelerator()
+
+
+def _present_device(field: str, wanted: torch.device) -> torch.device:
+    """Returns a device with its index, or raises if this machine has none such."""
+    if wanted == _CPU:
+        return _CPU
+    accelerator = _accelerator()
+    present: list[torch.device] = []
+    if accelerator is not None:
+        present = [
+            torch.device(accelerator.type, index)
+            for index in range(torch.accelerator.device_count())
+        ]
+        if wanted == torch.device(accelerator.type):
+            wanted = torch.device(accelerator.type, _current_index())
+    if wanted in present:
+        return wanted
+    available = ", ".join(str(device) for device in [*present, _CPU])
+    raise ValueError(
+        f"{field}={str(wanted)!r} but this machine has no such device; "
+        f"available: {available}"
+    )
+
+
+def _current_index() -> int:
+    # The first releases that this supports have it under its older name only.
+    current = getattr(torch.accelerator, "current_device_index", None)
+    return int((current or torch.accelerator.current_device_idx)())

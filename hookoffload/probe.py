@@ -1,0 +1,214 @@
+"""The probe: sees a tensor used while its layer is not bound.
+
+``F.linear(x, self.child.weight)`` reads a weight without calling the module that owns
+it, so that no hook of that module runs. While the probe is on (the first pass, and the
+first after an exception) every call of a torch function is looked at; a managed tensor
+among the arguments whose layer is not bound is bound on the spot, for as long as the
+module that uses it runs, and its layer joins that module for later passes.
+
+A torch function mode makes some modules take another path than without one (the fused
+paths of multi-head attention look for it), and results would differ in their last
+bits. The probe steps aside inside those, and inside atomic layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from .layer import Layer
+
+if TYPE_CHECKING:
+    from .hooks import Site
+    from .session import Session
+
+# Reading these needs no bytes on the compute device.
+_METADATA = frozenset(
+    "size dim ndimension numel nelement stride storage_offset element_size "
+    "is_contiguous is_floating_point is_complex is_pinned is_shared get_device "
+    "data_ptr untyped_storage requires_grad_ __len__ __hash__ register_hook "
+    "_typed_storage retain_grad is_set_to is_same_size backward".split()
+)
+_VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+_STEPS_ASIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+class _User:
+    """Hooks that tell the probe which module runs, for modules without layers."""
+
+    __slots__ = ("handles", "module", "name", "probe")
+
+    def __init__(self, probe: Probe, name: str, module: nn.Module) -> None:
+        self.probe = probe
+        self.name = name
+        self.module = module
+        self.handles: list[RemovableHandle] = []
+
+    def pre(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.probe.push(self.name, module)
+
+    def post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.probe.pop(self.name)
+
+
+class Probe(TorchFunctionMode):
+    """Watches one pass of one thread.
+
+    Args:
+        session: whose layers to watch.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+        self._layers: dict[int, tuple[Layer, str]] = {
+            id(member.tensor): (layer, member.name)
+            for layer in session.layers
+            for piece in layer.pieces
+            for member in piece.master.members
+        }
+        self._users: list[_User] = []
+        # Modules that run: name, and the layers bound on the spot for them.
+        self._stack: list[tuple[str, list[Layer]]] = []
+        self._aside = 0
+        self._on = False
+        self._away = 0
+        self.joined: list[tuple[str, str]] = []
+
+    def begin(self) -> None:
+        """Hang the probe's hooks on the model and start to look."""
+        sites = {id(site.module): site for site in self._session.sites}
+        for name, module in self._session.model.named_modules():
+            site = sites.get(id(module))
+            if site is not None or self._inside_atomic(module):
+                continue
+            user = _User(self, name, module)
+            user.handles = [
+                module.register_forward_pre_hook(user.pre, prepend=True),
+                module.register_forward_hook(user.post, always_call=True),
+            ]
+            self._users.append(user)
+        self._stack = [("", [])]
+        self._aside = 0
+        self.__enter__()
+        self._on = True
+
+    def end(self) -> list[tuple[str, str]]:
+        """Stop to look, take the hooks off.
+
+        Returns:
+            Pairs of a module's name and a tensor's name: the module used the tensor
+            while its layer was not bound.
+        """
+        for user in self._users:
+            for handle in user.handles:
+                handle.remove()
+        self._users = []
+        while self._stack:
+            for layer in reversed(self._stack.pop()[1]):
+                self._session.release(layer)
+        if self._on and not self._aside and self._is_innermost():
+            self.__exit__(None, None, None)
+        self._on = False
+        return self.joined
+
+    def abandon(self) -> None:
+        """Stop to look after an interrupted pass, whose bindings are gone already."""
+        self._stack = []
+        self.end()
+
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Do not take what happens inside for the model's doing."""
+        self._away += 1
+        try:
+            yield
+        finally:
+            self._away -= 1
+
+    def enter(self, site: Site) -> None:
+        """Note that a site's module runs."""
+        self.push(site.name, site.module)
+
+    def leave(self, site: Site) -> None:
+        """Note that a site's module has ended."""
+        self.pop(site.name)
+
+    def push(self, name: str, module: nn.Module) -> None:
+        """Note that a module runs; step aside if the probe would change its path."""
+        if not self._on:
+            return
+        self._stack.append((name, []))
+        if self._aside or isinstance(module, _STEPS_ASIDE):
+            self._aside += 1
+            if self._aside == 1:
+                if self._is_innermost():
+                    self.__exit__(None, None, None)
+                else:
+                    self._aside = 0
+
+    def pop(self, name: str) -> None:
+        """Note that a module has ended; release what was bound for it."""
+        if not self._on or len(self._stack) < 2 or self._stack[-1][0] != name:
+            return  # its pre hook did not run
+        for layer in reversed(self._stack.pop()[1]):
+            self._session.release(layer)
+        if self._aside:
+            self._aside -= 1
+            if not self._aside:
+                self.__enter__()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Bind what the call uses, then make the call."""
+        kwargs = kwargs or {}
+        if self._on and not self._away:
+            self._look(func, args)
+            if kwargs:
+                self._look(func, kwargs.values())
+        return func(*args, **kwargs)
+
+    def _look(self, func: Callable[..., Any], values: Any) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                found = self._layers.get(id(value))
+                if found is not None and not found[0].bound:
+                    self._use(func, *found)
+            elif isinstance(value, list | tuple):
+                self._look(func, value)
+
+    def _use(self, func: Callable[..., Any], layer: Layer, name: str) -> None:
+        if not self._needs_bytes(func, layer) or layer.stays_bound:
+            return
+        user, bound = self._stack[-1]
+        self._session.bind(layer)
+        bound.append(layer)
+        self.joined.append((user, name))
+
+    @staticmethod
+    def _needs_bytes(func: Callable[..., Any], layer: Layer) -> bool:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # a property: its name is on the getter's owner
+            owner = getattr(func, "__self__", None)
+            attribute = getattr(owner, "__name__", "")
+            if attribute == "dtype":
+                return any(p.master.codec.casts_streamed for p in layer.pieces)
+            return attribute in _VIEWS
+        return name not in _METADATA and name != "__set__"
+
+    def _is_innermost(self) -> bool:
+        return torch.overrides._get_current_function_mode() is self
+
+    def _inside_atomic(self, module: nn.Module) -> bool:
+        return id(module) in self._session.inside_atomic

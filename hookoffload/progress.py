@@ -1,0 +1,26 @@
+"""Progress bars: shown for long work, on a terminal, otherwise silent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def progress_bar(what: str, total_bytes: int) -> tqdm[Any]:
+    """Return a bar over bytes that appears when the work takes longer than a second.
+
+    Args:
+        what: the work, as a person would call it.
+        total_bytes: how many bytes there are to do.
+    """
+    return tqdm(
+        desc=f"hookoffload: {what}",
+        total=total_bytes,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        delay=1.0,
+        leave=False,
+        disable=None,  # none where standard error is no terminal
+    )

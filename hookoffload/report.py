@@ -1,0 +1,49 @@
+"""Figures of what has happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .budget import format_gib
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadStats:
+    """What happened since the hooks were attached.
+
+    Attributes:
+        forwards: Complete forwards of the root module.
+        bytes_moved: Bytes copied to the compute device.
+        bytes_written_back: Bytes of layers whose forward changed them.
+        peak_bytes: The figure that is held against the limit. On an accelerator the
+            peak of PyTorch's allocator, activations included; on a CPU the most that
+            the library itself took: window, residents, casts.
+        limit_bytes: The limit; None is unlimited, 0 as little as possible.
+        stall_seconds: Seconds for which compute waited for copies.
+        hits: Layers whose copy had begun before their forward did.
+        misses: Layers whose copy began when their forward needed it.
+        peak_by_kind: The library's own bytes at their peak, by kind.
+    """
+
+    forwards: int
+    bytes_moved: int
+    bytes_written_back: int
+    peak_bytes: int
+    limit_bytes: int | None
+    stall_seconds: float
+    hits: int
+    misses: int
+    peak_by_kind: dict[str, int]
+
+    def __str__(self) -> str:
+        limit = "none" if self.limit_bytes is None else format_gib(self.limit_bytes)
+        kinds = ", ".join(
+            f"{kind} {format_gib(n)}" for kind, n in self.peak_by_kind.items()
+        )
+        return (
+            f"{self.forwards} forwards, peak {format_gib(self.peak_bytes)} "
+            f"(limit {limit}; {kinds or 'nothing of the library'}), "
+            f"{format_gib(self.bytes_moved)} copied, "
+            f"{self.stall_seconds:.3f} s stalled, "
+            f"{self.hits} hits, {self.misses} misses"
+        )

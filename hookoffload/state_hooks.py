@@ -1,0 +1,134 @@
+"""What keeps the model's own life right while it is attached.
+
+``state_dict`` returns masters, ``load_state_dict`` writes to them, ``model.to`` and its
+kin are refused before they move anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .store import Master, Member
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+class StateHooks:
+    """Hooks on saving, loading and moving.
+
+    [Note: the one attribute] PyTorch has hooks for forwards and for state dicts, and
+    none for ``model.to``. The root gets ``_apply`` as an instance attribute, through
+    which all of ``to``, ``half``, ``cuda`` and ``cpu`` go; detach deletes it. Without
+    it, ``model.to("cuda")`` would fill the device that the limit protects, and be
+    noticed at the next forward only.
+    """
+
+    __slots__ = ("_expected", "_handles", "_managed", "session")
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._handles: list[RemovableHandle] = []
+        self._managed: dict[int, tuple[Master, Member]] = {}
+        # Where each tensor is registered, to notice that another took its place.
+        self._expected: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+
+    def register(self) -> None:
+        """Hang the hooks on every module with tensors of its own."""
+        self.renew()
+        for module in self.session.model.modules():
+            if not module._parameters and not module._buffers:
+                continue
+            self._handles += [
+                # A partial, because PyTorch sets an attribute on what it registers.
+                module.register_state_dict_post_hook(partial(self._after_state_dict)),
+                module.register_load_state_dict_pre_hook(self._before_load),
+            ]
+        self.session.model.__dict__["_apply"] = self._refuse_to_move
+
+    def renew(self) -> None:
+        """Look up the masters anew, after layers were built again."""
+        session = self.session
+        self._managed = {
+            id(member.tensor): (master, member)
+            for layer in (*session.layers, session.always)
+            for master in layer.masters
+            for member in master.members
+        }
+        self._expected = [
+            (registry, key, tensor)
+            for module in session.model.modules()
+            for registry in (module._parameters, module._buffers)
+            for key, tensor in registry.items()
+            if tensor is not None
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.session.model.__dict__.pop("_apply", None)
+
+    def replaced_parameters(self) -> bool:
+        """Tell whether a registered tensor is not the one that was attached."""
+        return any(registry.get(key) is not t for registry, key, t in self._expected)
+
+    def _after_state_dict(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any
+    ) -> None:
+        """Return the masters of tensors that are bound between passes."""
+        session = self.session
+        session.sync_masters()
+        for registry in (module._parameters, module._buffers):
+            for key, tensor in registry.items():
+                found = self._managed.get(id(tensor))
+                value = state.get(prefix + key)
+                if found is None or not isinstance(value, torch.Tensor):
+                    continue
+                if value is not tensor:  # keep_vars=True asks for the objects
+                    state[prefix + key] = found[1].rest
+
+    def _before_load(self, module: nn.Module, *_: Any) -> None:
+        """Put the module's tensors to rest: what is loaded goes into the masters."""
+        self.session.rest_for_loading()
+
+    def _refuse_to_move(
+        self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> nn.Module:
+        model = self.session.model
+        if recurse and all(self._is_kept(function, e[2]) for e in self._expected):
+            return model
+        raise RuntimeError(
+            f"{type(model).__name__} has offload hooks attached, which decide where "
+            "its tensors lie and in which dtype they compute. Call detach(model) "
+            "before .to(), .cuda(), .cpu(), .half() and the like, or say so in the "
+            "policy: OffloadPolicy(compute_device=..., compute_dtype=...)"
+        )
+
+    @staticmethod
+    def _is_kept(
+        function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor
+    ) -> bool:
+        """Try what would be done to a tensor on an empty one like it."""
+        like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return function(like) is like
+
+
+
+def session_of(module: nn.Module) -> Session | None:
+    """Return the session that a module's tensors are attached to, None without one."""
+    guard = getattr(module.__dict__.get("_apply"), "__self__", None)
+    if isinstance(guard, StateHooks):
+        return guard.session
+    for hook in module._state_dict_hooks.values():
+        owner = getattr(getattr(hook, "func", None), "__self__", None)
+        if isinstance(owner, StateHooks):
+            return owner.session
+    return None

@@ -1,0 +1,387 @@
+"""Masters: the one true copy of every managed tensor's bytes, in host RAM or on disk.
+
+[Note: in-place moves]
+A module is never replaced and neither is a Parameter: the library assigns
+``tensor.data``, which swaps the bytes, sizes and dtype under an object that the user,
+the optimizer and tied modules go on holding. Three values take turns there:
+
+* at rest, a view of the master (``Member.rest``). Whatever reads or writes the tensor
+  then (``state_dict``, ``load_state_dict``, a user's edit) works on the master itself;
+* inside a forward, a view in the window, in the scratch or in a resident block. It is
+  a copy: release swaps the pointer back and the copied bytes are forgotten, unless
+  ``_version`` says that the forward wrote to them;
+* for a resident whose dtype needs no cast, the resident block, also between passes.
+
+``.data`` keeps the version counter of the object, so one counter tells of writes to
+any of the three. Writes through ``tensor.data.mul_()`` escape it (PyTorch gives
+``.data`` a counter of its own): they are safe at rest, and lost inside a forward.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .checkpoint import CheckpointError, TensorLocation, write_spill_file
+from .codec import Codec, is_castable
+from .partition import ManagedTensor, TensorGroup
+from .policy import Placement
+from .progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+
+
+class Member:
+    """One tensor object of a master, and where it lies in the master's bytes."""
+
+    __slots__ = (
+        "bound_pointer",
+        "device",
+        "dtype",
+        "location_in_master",
+        "name",
+        "rest",
+        "rest_pointer",
+        "shape",
+        "stride",
+        "tensor",
+        "version",
+    )
+
+    def __init__(self, managed: ManagedTensor, low: int) -> None:
+        tensor = managed.tensor
+        self.name = managed.name
+        self.tensor = tensor
+        self.device = tensor.device
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        # In elements of its own dtype: casts keep the count, not the bytes.
+        offset = tensor.storage_offset() * tensor.itemsize - low
+        self.location_in_master = offset // tensor.itemsize
+        self.rest = tensor.data
+        self.rest_pointer = self.rest.data_ptr()
+        self.bound_pointer = 0
+        self.version = version_of(tensor)
+
+    def view(self, base: torch.Tensor, start: int) -> torch.Tensor:
+        """Return this member over a flat tensor whose master begins at ``start``."""
+        return base.as_strided(
+            self.shape, self.stride, start + self.location_in_master
+        )
+
+    def set_rest(self, rest: torch.Tensor) -> None:
+        """Make ``rest`` the value at rest (does not touch the tensor)."""
+        self.rest = rest
+        self.rest_pointer = rest.data_ptr()
+
+
+class Master:
+    """The bytes of one tensor group at rest, and the members that share them."""
+
+    __slots__ = ("castable", "codec", "count", "dirty", "flat", "location", "members", "mixed", "name", "revision")
+
+    def __init__(
+        self, group: TensorGroup, codec: Codec, location: TensorLocation | None = None
+    ) -> None:
+        dtypes = {m.tensor.dtype for m in group.members}
+        self.mixed = len(dtypes) > 1
+        # Members of several dtypes move as bytes, aligned for the widest of them.
+        low = group.low - group.low % 16 if self.mixed else group.low
+        self.name = group.name
+        self.codec = codec
+        self.members = [Member(managed, low) for managed in group.members]
+        first = group.members[0].tensor
+        self.flat = _flat(first, low, group.high, self.mixed)
+        self.count = self.flat.numel()
+        self.castable = not self.mixed and all(
+            is_castable(managed.tensor) for managed in group.members
+        )
+        self.location = location
+        self.dirty = False
+        self.revision = 0  # counts changes of the bytes at rest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest."""
+        return self.count * self.codec.rest.itemsize
+
+    @property
+    def in_ram(self) -> bool:
+        """Whether the bytes lie in host RAM (and not in a file)."""
+        return self.location is None
+
+    def read_into(self, destination: torch.Tensor, start: int = 0) -> None:
+        """Copy bytes at rest, from byte ``start`` on, into a ``uint8`` CPU tensor.
+
+        Fills the whole destination, which may be shorter than the master.
+        """
+        if self.location is not None:
+            self.location.file.read_into(self.location, destination, start)
+        else:
+            flat = self.flat.view(torch.uint8)
+            destination.copy_(flat[start : start + destination.numel()])
+
+    def become(self, flat: torch.Tensor, location: TensorLocation | None) -> None:
+        """Take ``flat`` as the bytes at rest from now on, and put members on it."""
+        self.flat = flat
+        self.location = location
+        self.dirty = False
+        for member in self.members:
+            member.set_rest(self.member_view(member, flat))
+        self.put_to_rest()
+
+    def member_view(self, member: Member, flat: torch.Tensor) -> torch.Tensor:
+        """Return a member's view of a flat tensor that holds this master."""
+        base = flat.view(member.dtype) if self.mixed else flat
+        return member.view(base, base.storage_offset())
+
+    def put_to_rest(self) -> None:
+        """Swap every member back to the master."""
+        for member in self.members:
+            member.tensor.data = member.rest
+            member.version = version_of(member.tensor)
+
+    def take_bound(self, member: Member) -> bool:
+        """Copy a bound member's value here if it was written to since it was bound.
+
+        Returns:
+            Whether it was: its version moved, or it was given other data.
+        """
+        tensor = member.tensor
+        moved = tensor.data_ptr() != member.bound_pointer
+        if not moved and version_of(tensor) == member.version:
+            return False
+        if tensor.shape != member.shape:
+            raise RuntimeError(
+                f"{member.name} was given data of shape {tuple(tensor.shape)} while "
+                f"offload hooks are attached; it has {tuple(member.shape)}. Call "
+                "detach(model) first, and attach again after"
+            )
+        member.rest.copy_(tensor.data)
+        self._note_change()
+        return True
+
+    def _note_change(self) -> None:
+        self.dirty = True
+        self.revision += 1
+        if self.location is not None and not self.location.file.writable_shared:
+            # The private map of a user's file holds the new values; the file does not.
+            self.location = None
+
+    def reconcile(self) -> bool:
+        """Notice what the user did to the members while they were at rest.
+
+        Returns:
+            Whether the bytes may differ from those that were copied before.
+
+        Raises:
+            RuntimeError: A member was moved or cast, for example by ``model.to``.
+        """
+        changed = False
+        for member in self.members:
+            tensor = member.tensor
+            if tensor.data_ptr() != member.rest_pointer:
+                self._adopt_new_data(member)
+                changed = True
+            version = version_of(tensor)
+            if version != member.version:
+                member.version = version
+                changed = True
+        if changed:
+            self._note_change()
+        return changed
+
+    def _adopt_new_data(self, member: Member) -> None:
+        tensor = member.tensor
+        same = (
+            tensor.device == member.rest.device
+            and tensor.dtype == member.rest.dtype
+            and tensor.shape == member.rest.shape
+        )
+        if not same:
+            raise RuntimeError(
+                f"{member.name} was moved or cast while offload hooks are attached: "
+                f"it is {tensor.dtype} on {tensor.device} with shape "
+                f"{tuple(tensor.shape)}, and was {member.rest.dtype} on "
+                f"{member.rest.device} with shape {tuple(member.rest.shape)}. Call "
+                "detach(model) before model.to(), .half(), .cuda() and the like, "
+                "and attach again after"
+            )
+        # The object now holds other memory: its value goes to where the others'
+        # views of this master look.
+        member.rest.copy_(tensor.data)
+        tensor.data = member.rest
+
+
+def _flat(tensor: torch.Tensor, low: int, high: int, mixed: bool) -> torch.Tensor:
+    dtype = torch.uint8 if mixed else tensor.dtype
+    flat = torch.empty(0, dtype=dtype, device=tensor.device)
+    size = (high - low) // dtype.itemsize
+    storage = tensor.data.untyped_storage()
+    return flat.set_(storage, low // dtype.itemsize, (size,), (1,))  # type: ignore[call-overload,no-any-return]
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return the in-place version, 0 for inference tensors (they keep none)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Store:
+    """Where the masters of one attached model live, and how they get there and back."""
+
+    def __init__(self, masters: Sequence[Master], disk_dir: Path | None) -> None:
+        self.masters = list(masters)
+        self._disk_dir = disk_dir
+        self._folder: Path | None = None
+        self._files = {m.location.file for m in masters if m.location is not None}
+        self._mapped: dict[int, tuple[torch.Tensor, TensorLocation]] = {}
+
+    def replace_masters(self, masters: Sequence[Master], placement: Placement) -> None:
+        """Take over the masters of parameters that replaced others."""
+        kept = set(self.masters)
+        self.masters = list(masters)
+        self.adopt([m for m in masters if m not in kept], placement)
+
+    def adopt(self, masters: Sequence[Master], placement: Placement) -> None:
+        """Bring masters to the placement where they rest while not needed.
+
+        A CPU tensor that stays in RAM and needs no cast stays exactly where it lies.
+
+        Raises:
+            CheckpointError: The folder cannot be written, or has too little room.
+        """
+        if placement.on_disk:
+            self._spill(masters, placement.dtype)
+            return
+        for master in masters:
+            flat = master.flat
+            if flat.device != _CPU or flat.dtype != _rest_dtype(master):
+                master.become(flat.to(_CPU, _rest_dtype(master)), None)
+
+    def _spill(self, masters: Sequence[Master], dtype: torch.dtype | None) -> None:
+        """Write masters that have no file yet to a file of their own, free the RAM."""
+        spilled = [m for m in masters if m.location is None and m.count]
+        if not spilled:
+            return
+        folder = self._make_folder()
+        # Cast one by one while writing would need the header first: the sizes are
+        # known, so the views of uncast tensors cost nothing and casts are the exception.
+        tensors = {
+            f"{i:06d}.{m.name}": m.flat.to(dtype) if dtype and m.castable else m.flat
+            for i, m in enumerate(spilled)
+        }
+        total = sum(t.nbytes for t in tensors.values())
+        with progress_bar("writing weights to disk", total) as bar:
+            path = folder / f"weights-{len(self._files)}.safetensors"
+            file = write_spill_file(path, tensors, progress=bar.update)
+        self._files.add(file)
+        names = list(tensors)
+        del tensors
+        for name, master in zip(names, spilled, strict=True):
+            location = file.tensors[name]
+            master.become(file.mapped(location), location)
+
+    def _make_folder(self) -> Path:
+        if self._folder is not None:
+            return self._folder
+        where = self._disk_dir or Path(tempfile.gettempdir())
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="hookoffload-", dir=where))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to disk_dir={str(where)!r}: {error.strerror}. Pass "
+                "disk_dir=, a folder that can be written, on a disk with room"
+            ) from error
+        # A model that is dropped without detach leaves no files behind either.
+        self._remove = weakref.finalize(
+            self, shutil.rmtree, self._folder, True
+        )
+        return self._folder
+
+    def onload(self) -> None:
+        """Read masters that rest in files into host RAM, and remember their files."""
+        waiting = [m for m in self.masters if m.location is not None]
+        total = sum(m.nbytes for m in waiting)
+        with progress_bar("reading weights", total) as bar:
+            for master in waiting:
+                if master.location is None:
+                    continue
+                master.reconcile()
+                self._mapped[id(master)] = (master.flat, master.location)
+                flat = torch.empty(master.count, dtype=master.flat.dtype)
+                master.read_into(flat.view(torch.uint8))
+                master.become(flat.to(_rest_dtype(master)), None)
+                bar.update(master.nbytes)
+
+    def offload(self) -> None:
+        """Put masters that `onload` brought into RAM back on their files.
+
+        A master that was written to in the meantime goes into its file when the file
+        is the library's own, and stays in RAM when it is the user's.
+        """
+        for master in self.masters:
+            known = self._mapped.pop(id(master), None)
+            if known is None:
+                continue
+            flat, location = known
+            master.reconcile()
+            if master.dirty:
+                if not location.file.writable_shared:
+                    continue
+                location.file.write_from(location, master.flat.to(flat.dtype))
+            master.become(flat, location)
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if a file changed since it was opened."""
+        for file in self._files:
+            file.check_unchanged()
+
+    def restore(self) -> None:
+        """Give every member its original device and dtype back, the value at rest.
+
+        Masters in a user's checkpoint stay memory maps of it: their members never
+        lay anywhere else.
+        """
+        self.restore_masters()
+        self.close()
+
+    def restore_masters(self) -> None:
+        """Give every member back, keep the files."""
+        for master in self.masters:
+            self._restore(master)
+
+    def _restore(self, master: Master) -> None:
+        if master.location is not None and master.location.file.writable_shared:
+            flat = torch.empty(master.count, dtype=master.flat.dtype)
+            master.read_into(flat.view(torch.uint8))
+            master.become(flat, None)
+        first = master.members[0]
+        dtype = torch.uint8 if master.mixed else first.dtype
+        if master.flat.dtype != dtype or master.flat.device != first.device:
+            master.become(master.flat.to(first.device, dtype), master.location)
+        else:
+            master.put_to_rest()
+
+    def close(self) -> None:
+        """Close the files, and remove those that this store wrote."""
+        for file in self._files:
+            file.close()
+        self._files.clear()
+        self._mapped.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def _rest_dtype(master: Master) -> torch.dtype:
+    return torch.uint8 if master.mixed else master.codec.rest

