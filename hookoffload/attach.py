@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def attach_offload_hooks(model: ModuleT, policy: OffloadPolicy | None = None) -> ModuleT:
+def attach_offload_hooks(
+    model: ModuleT, policy: OffloadPolicy | None = None
+) -> ModuleT:
     """Let a model run although its weights do not fit the compute device.
 
     Hooks bring each layer's weights to the device for its forward; a plan decides
@@ -218,9 +220,7 @@ def _session(model: nn.Module, what: str) -> Session:
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model must be a torch.nn.Module, not {type(model).__name__}"
-        )
+        raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     for name, module in model.named_modules():
         session = session_of(module)
         if session is not None:

@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
-from .demo import EXPECTED_ERRORS, emit, one_line, run_demo
+from .demo import emit, run_demo
+from .demo_trial import EXPECTED_ERRORS, one_line
 
 DIFFERENT = 1
 FAILED = 2

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 

@@ -298,7 +298,7 @@ class StreamCopyEngine:
         self._worker.join()
 
 
-class _current:  # noqa: N801  (used as a context manager, reads as a verb phrase)
+class _current:
     """Make a stream the current one, on every torch since 2.6."""
 
     __slots__ = ("_before", "_stream")

@@ -1,47 +1,29 @@
 """A transformer run plain and under a limit, side by side: the newcomer's first look.
 
 ``python -m hookoffload demo`` writes a checkpoint once, runs it twice, each time in a
-process of its own, and compares memory, time and output. ``python -m hookoffload.demo
-TRIAL`` is one such process: it takes a `Trial` as JSON and answers a `Measurement`.
+process of its own, and compares memory, time and output.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import statistics
-import subprocess
 import sys
-import threading
-import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import nn
 
 from .budget import GIB
-from .demo_model import (
-    SEED,
-    Checkpoint,
-    DemoTransformer,
-    Shape,
-    default_cache_dir,
+from .demo_model import Checkpoint, Shape, default_cache_dir
+from .demo_trial import (
+    SAMPLE_SECONDS,
+    Measurement,
+    Trial,
+    measure_in_fresh_process,
+    policy_of,
 )
-from .loading import load_model
-from .policy import OffloadPolicy
-
-TOKENS = 128
-NEXT_FORWARDS = 3
-SAMPLE_SECONDS = 0.005
 
 # Below this the activations outweigh the model, and a limit shows nothing.
 SMALLEST_GB = 0.01
-
-# What its reader can do something about; anything else is a bug, with a traceback.
-EXPECTED_ERRORS = (MemoryError, OSError, RuntimeError, ValueError)
 
 # GPUs whose allocator keeps a peak.
 _GPUS = ("cuda", "xpu")
@@ -51,99 +33,6 @@ def emit(text: str = "") -> None:
     """Writes one line to the standard output at once, also into a pipe."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One run that is measured in a process of its own.
-
-    Attributes:
-        checkpoint: Path of the safetensors file.
-        width: See `Shape`.
-        blocks: See `Shape`.
-        dtype: Name of the dtype of the weights.
-        device: Where the forward is computed.
-        limit_gb: The limit that the library gets, in GiB; None runs the plain model.
-    """
-
-    checkpoint: str
-    width: int
-    blocks: int
-    dtype: str
-    device: str
-    limit_gb: float | None
-
-    @property
-    def name(self) -> str:
-        """What the run is called in the table."""
-        return "plain" if self.limit_gb is None else "limited"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What one trial showed.
-
-    Attributes:
-        digest: Hash of the output's bytes.
-        peak_bytes: Most memory taken since before loading, in bytes; None where the
-            system does not tell.
-        load_seconds: From nothing to a model that is ready.
-        first_seconds: The first forward.
-        next_seconds: Median of the forwards after it.
-    """
-
-    digest: str
-    peak_bytes: int | None
-    load_seconds: float
-    first_seconds: float
-    next_seconds: float
-
-
-class PeakMemory:
-    """The most memory that a run takes on the device where it computes.
-
-    On a GPU that is what PyTorch's allocator counts. On a CPU it is the process's
-    anonymous memory (RssAnon) above what it had at the start: that leaves out mapped
-    files and the page cache, which the system takes back when it needs them. As the
-    kernel keeps no peak of it, a thread samples it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        """Begins to watch."""
-        self._device = device
-        self._base = self._peak = _anonymous_bytes() or 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        if device.type == "cpu":
-            self._thread.start()
-        else:
-            torch.get_device_module(device).reset_peak_memory_stats()
-
-    def finish(self) -> int | None:
-        """Ends the watch; returns the peak in bytes, None where nobody counts it."""
-        if self._device.type != "cpu":
-            return int(torch.get_device_module(self._device).max_memory_allocated())
-        self._stop.set()
-        self._thread.join()
-        return self._peak - self._base if self._base else None
-
-    def _watch(self) -> None:
-        ended = False
-        while not ended:
-            ended = self._stop.wait(SAMPLE_SECONDS)
-            self._peak = max(self._peak, _anonymous_bytes() or 0)
-
-
-def _anonymous_bytes() -> int | None:
-    """Returns the anonymous memory of this process; None where it is not told."""
-    try:
-        with open("/proc/self/status") as status:
-            for line in status:
-                if line.startswith("RssAnon:"):
-                    return int(line.split()[1]) * 1024
-    except FileNotFoundError:
-        pass
-    return None
 
 
 def best_device() -> torch.device:
@@ -187,7 +76,7 @@ def run_demo(
     checkpoint = Checkpoint(cache_dir or default_cache_dir(), shape, dtype)
     limit = checkpoint.tensor_bytes / 8 / GIB if limit_gb is None else limit_gb
     # A device or a limit that cannot be is refused before anything is written.
-    _policy(where, limit).resolve()
+    policy_of(where, limit).resolve()
 
     kind = str(dtype).removeprefix("torch.")
     emit(
@@ -200,8 +89,10 @@ def run_demo(
 
     # The limited run is first: what it cannot do shows at once, and should the file not
     # be in the page cache yet, the plain run gets the advantage.
+    store = "on disk" if where.type == "cpu" else "in RAM"
+    within = f"in {limit:.3g} GiB, its weights {store}"
     measured: dict[str, Measurement] = {}
-    for trial_limit in (limit, None):
+    for how, trial_limit in ((within, limit), ("plain", None)):
         trial = Trial(
             checkpoint=str(checkpoint.path),
             width=shape.width,
@@ -210,7 +101,7 @@ def run_demo(
             device=str(where),
             limit_gb=trial_limit,
         )
-        emit(f"Running it {trial.name} ...")
+        emit(f"Running it {how} ...")
         measured[trial.name] = measure_in_fresh_process(trial)
 
     plain, limited = measured["plain"], measured["limited"]
@@ -225,16 +116,6 @@ def run_demo(
     emit("The checkpoint is kept for the next time:")
     emit(f"  {checkpoint.path}")
     return identical
-
-
-def _policy(device: torch.device, limit_gb: float) -> OffloadPolicy:
-    """Returns the policy of the limited run: from disk without a GPU, else from RAM.
-
-    Without a GPU, RAM is what the limit has to save.
-    """
-    if device.type == "cpu":
-        return OffloadPolicy(limit_gb=limit_gb, compute_device=device, store="disk")
-    return OffloadPolicy(limit_gb=limit_gb, compute_device=device)
 
 
 def _table(limit_gb: float, plain: Measurement, limited: Measurement) -> list[str]:
@@ -266,93 +147,6 @@ def _memory_note(device: torch.device, plain: Measurement) -> list[str]:
     return [
         "Peak memory is the process's own (RssAnon, sampled every "
         f"{SAMPLE_SECONDS * 1000:.0f} ms), above",
-        "what it had before loading; the page cache is not counted.",
+        "what it had before loading; the page cache is not counted. On a CPU the limit",
+        "bounds what hookoffload holds: the activations come on top.",
     ]
-
-
-def measure_in_fresh_process(trial: Trial) -> Measurement:
-    """Runs the trial in a new interpreter, whose memory holds nothing else.
-
-    Raises:
-        RuntimeError: The run failed.
-    """
-    ended = subprocess.run(
-        [sys.executable, "-m", "hookoffload.demo", json.dumps(asdict(trial))],
-        capture_output=True,
-        text=True,
-    )
-    if ended.returncode < 0:
-        raise RuntimeError(
-            f"the {trial.name} run was ended by signal {-ended.returncode}: if memory "
-            "ran out, choose a smaller --size-gb"
-        )
-    answer = json.loads(ended.stdout) if ended.stdout else {}
-    if "digest" not in answer:
-        said = ended.stderr.strip().splitlines() or ["it said nothing"]
-        reason = answer.get("error", said[-1])
-        raise RuntimeError(f"the {trial.name} run failed: {reason}")
-    return Measurement(**answer)
-
-
-def measure(trial: Trial) -> Measurement:
-    """Loads the model of the trial, runs it and measures it, in this process."""
-    device = torch.device(trial.device)
-    generator = torch.Generator().manual_seed(SEED)
-    tokens = torch.randint(4 * trial.width, (1, TOKENS), generator=generator).to(device)
-    peak = PeakMemory(device)
-
-    began = time.perf_counter()
-    model = _load(trial, device)
-    seconds = [time.perf_counter() - began]
-    for _ in range(1 + NEXT_FORWARDS):
-        began = time.perf_counter()
-        with torch.no_grad():
-            # Bringing the output to the CPU waits for all that was computed.
-            output = model(tokens).cpu()
-        seconds.append(time.perf_counter() - began)
-
-    peak_bytes = peak.finish()
-    return Measurement(
-        digest=hashlib.sha256(output.view(torch.uint8).numpy().data).hexdigest(),
-        peak_bytes=peak_bytes,
-        load_seconds=seconds[0],
-        first_seconds=seconds[1],
-        next_seconds=statistics.median(seconds[2:]),
-    )
-
-
-def _load(trial: Trial, device: torch.device) -> nn.Module:
-    shape = {"width": trial.width, "blocks": trial.blocks}
-    if trial.limit_gb is not None:
-        policy = _policy(device, trial.limit_gb)
-        return load_model(
-            DemoTransformer, trial.checkpoint, policy=policy, config=shape
-        )
-    with torch.device("meta"):
-        model = DemoTransformer(**shape)
-    # Each tensor is read into the place where it stays: the least that a plain model
-    # can take.
-    model = model.to(getattr(torch, trial.dtype)).to_empty(device=device)
-    with safe_open(trial.checkpoint, framework="pt") as file, torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(file.get_tensor(name))
-    return model
-
-
-def main(argv: list[str]) -> int:
-    """Measures the trial in `argv`, as JSON, and writes the answer as JSON."""
-    try:
-        answer = asdict(measure(Trial(**json.loads(argv[0]))))
-    except EXPECTED_ERRORS as error:
-        answer = {"error": one_line(error)}
-    emit(json.dumps(answer))
-    return 1 if "error" in answer else 0
-
-
-def one_line(error: BaseException) -> str:
-    """Returns what the error says, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -332,53 +330,3 @@ class RootHooks:
                 session.end_pass(complete=not (failed and output is None))
         finally:
             session.leave_call()
-
-
-def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a forward's output: containers, dataclasses, objects."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif depth > 8:
-        return
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item, depth + 1)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for item in value:
-            yield from tensors_in(item, depth + 1)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for entry in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, entry.name, None), depth + 1)
-
-
-def map_tensors(value: Any, function: Any) -> Any:
-    """Return ``value`` with ``function`` applied to the tensors in its containers.
-
-    A container in which nothing changes is returned itself; one whose type cannot be
-    made anew is left as it is.
-    """
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        items = [map_tensors(item, function) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if type(value) is list:
-        items = [map_tensors(item, function) for item in value]
-        same = all(new is old for new, old in zip(items, value, strict=True))
-        return value if same else items
-    if isinstance(value, dict):
-        changed = {k: map_tensors(v, function) for k, v in value.items()}
-        if all(changed[key] is value[key] for key in value):
-            return value
-        if type(value) is dict:
-            return changed
-        if dataclasses.is_dataclass(value):  # transformers' and diffusers' outputs
-            return dataclasses.replace(value, **changed)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        changed = {k: map_tensors(v, function) for k, v in fields.items()}
-        if any(changed[key] is not fields[key] for key in fields):
-            return dataclasses.replace(value, **changed)
-    return value

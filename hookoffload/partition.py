@@ -259,7 +259,7 @@ def _overlapping(tensors: list[ManagedTensor]) -> list[TensorGroup]:
 
 def span(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the range of bytes that a strided tensor covers in its storage."""
-    low = tensor.storage_offset() * tensor.itemsize
+    low = int(tensor.storage_offset()) * tensor.itemsize
     if tensor.numel() == 0:
         return low, low
     steps = zip(tensor.shape, tensor.stride(), strict=True)

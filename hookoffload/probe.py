@@ -30,13 +30,20 @@ if TYPE_CHECKING:
 
 # Reading these needs no bytes on the compute device.
 _METADATA = frozenset(
-    "size dim ndimension numel nelement stride storage_offset element_size "
-    "is_contiguous is_floating_point is_complex is_pinned is_shared get_device "
-    "data_ptr untyped_storage requires_grad_ __len__ __hash__ register_hook "
-    "_typed_storage retain_grad is_set_to is_same_size backward".split()
+    {
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "__len__"),
+        *("storage_offset", "element_size", "is_contiguous", "is_floating_point"),
+        *("is_complex", "is_pinned", "is_shared", "is_set_to", "is_same_size"),
+        *("get_device", "data_ptr", "untyped_storage", "_typed_storage", "__hash__"),
+        *("requires_grad_", "register_hook", "retain_grad", "is_inference"),
+    }
 )
 _VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
-_STEPS_ASIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_STEPS_ASIDE = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerEncoder,
+)
 
 
 class _User:
@@ -51,10 +58,10 @@ class _User:
         self.handles: list[RemovableHandle] = []
 
     def pre(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.probe.push(self.name, module)
+        self.probe.note_begin(self.name, module)
 
     def post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.probe.pop(self.name)
+        self.probe.note_end(self.name)
 
 
 class Probe(TorchFunctionMode):
@@ -134,13 +141,13 @@ class Probe(TorchFunctionMode):
 
     def enter(self, site: Site) -> None:
         """Note that a site's module runs."""
-        self.push(site.name, site.module)
+        self.note_begin(site.name, site.module)
 
     def leave(self, site: Site) -> None:
         """Note that a site's module has ended."""
-        self.pop(site.name)
+        self.note_end(site.name)
 
-    def push(self, name: str, module: nn.Module) -> None:
+    def note_begin(self, name: str, module: nn.Module) -> None:
         """Note that a module runs; step aside if the probe would change its path."""
         if not self._on:
             return
@@ -153,7 +160,7 @@ class Probe(TorchFunctionMode):
                 else:
                     self._aside = 0
 
-    def pop(self, name: str) -> None:
+    def note_end(self, name: str) -> None:
         """Note that a module has ended; release what was bound for it."""
         if not self._on or len(self._stack) < 2 or self._stack[-1][0] != name:
             return  # its pre hook did not run

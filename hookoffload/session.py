@@ -11,23 +11,17 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from .budget import BudgetExceededError, MemoryBudget, format_gib
+from .assembly import Assembly, assemble
+from .budget import BudgetExceededError, MemoryBudget
 from .calls import CallTracker
 from .checkpoint import TensorLocation
-from .codec import Codec, choose_codec, is_castable
-from .hooks import (
-    GatherSite,
-    OutsideHooks,
-    RootHooks,
-    Site,
-    can_gather,
-    map_tensors,
-    tensors_in,
-)
+from .containers import map_tensors, tensors_in
+from .hooks import GatherSite, OutsideHooks, RootHooks, Site, can_gather
 from .layer import Layer
 from .mover import LayerMover
-from .partition import Partition, TensorGroup, partition
-from .planner import LayerSpec, Plan, make_plan
+from .partition import Partition, SiteSketch, partition
+from .pass_planner import PassPlanner
+from .plan import Plan
 from .policy import Placement, ResolvedPolicy
 from .probe import Probe
 from .report import OffloadStats
@@ -71,222 +65,80 @@ class Session:
         # As little as possible is what the plan finds out, not a number to hold.
         self.budget = MemoryBudget(policy.limit_bytes or None)
         self.mover = LayerMover(policy.compute_device, self.budget, poison=poison)
+        self.planner = PassPlanner(policy, self.budget, self.mover.memory)
         self.probe: Probe | None = None
-        self.sites: list[Site] = []
-        self.layers: list[Layer] = []
-        self.inside_atomic: frozenset[int] = frozenset()
         self.onloaded = False
+        self.sites: list[Site] = []
+        self.layers: list[Layer]
+        self.always: Layer
+        self.inside_atomic: frozenset[int]
         self._masters: dict[int, Master] = {}
         self._joined: list[tuple[str, str]] = []
         self._stand_in: torch.Tensor | None = None
         self._global_handles: list[RemovableHandle] = []
-        self._probe_next = True
         self._hooks_hang = False
-        self._activations: int | None = None  # measured, bytes
-        self._measured_size = -1  # input elements of the pass that measured them
-        self._measuring = False
-        self._held_when_measured = 0
-        self._peak = 0
-        self._warned: set[str] = set()
+        self._probe_next = True
         self.calls = CallTracker(frozenset(id(m) for m in model.modules()))
         self.root = RootHooks(self, model)
         self.state_hooks = StateHooks(self)
         self._build(partition(model, self.map))
-        self.plan = self._make_plan()
-        moved = [m for layer in self.layers for m in layer.masters]
-        self.store = Store(moved, policy.disk_dir)
+        self.store = Store(self._assembly.moved_masters, policy.disk_dir)
 
     # -- what there is --------------------------------------------------------------
 
     def _build(self, found: Partition) -> None:
-        """Make layers, masters and sites from a partition; changes no tensor."""
-        known = self._masters
-        masters: dict[int, Master] = {}
+        """Make layers, masters, sites and the plan; changes no tensor.
 
-        def master_of(group: TensorGroup) -> Master:
-            key = id(group.members[0].tensor)
-            master = known.get(key)
-            if master is None or len(master.members) != len(group.members):
-                master = self._make_master(group)
-            masters[key] = master
-            return master
-
-        policy = self.policy
-        self.layers = []
-        for index, sketch in enumerate(found.layers):
-            layer = Layer(index, sketch.name, [master_of(g) for g in sketch.groups])
-            layer.measure(
-                policy.compute_device,
-                on_disk=policy.onload.on_disk,
-                may_stay=policy.preparing is not None,
-            )
-            layer.held = index in found.held
-            self.layers.append(layer)
-        self.always = Layer(-1, "buffers", [master_of(g) for g in found.always])
-        self.always.measure(policy.compute_device, on_disk=False, may_stay=True)
-        self._masters = masters
-        self._chains = found.chains
-        moves = any(not layer.in_place for layer in self.layers)
-        self.sites = [
-            site
-            for sketch in found.sites
-            if moves
-            and (
-                site := self._make_site(
-                    sketch.name,
-                    sketch.module,
-                    tuple(self.layers[i] for i in sketch.layers),
-                    atomic=sketch.atomic,
-                    outside=sketch.outside,
-                )
-            )
-        ]
-        self.inside_atomic = frozenset(
-            id(module)
-            for sketch in found.sites
-            if sketch.atomic
-            for module in sketch.module.modules()
-            if module is not sketch.module
-        )
-        predicted = [layer.index for layer in self.layers if not layer.in_place]
-        self.mover.set_layers(self.layers, predicted)
-
-    def _make_master(self, group: TensorGroup) -> Master:
-        policy = self.policy
-        location = next(
-            (
-                self._locations[name]
-                for managed in group.members
-                for name in (managed.name, *managed.aliases)
-                if name in self._locations
-            ),
-            None,
-        )
-        storage = None
-        if not group.is_buffer:
-            waits = policy.offload if policy.onload.on_disk else policy.onload
-            # A user's file keeps its dtype: the cast happens on the compute device.
-            from_file = location is not None and policy.onload.on_disk
-            storage = None if from_file else waits.dtype
-        kept = policy.preparing.dtype if policy.preparing is not None else None
-        first = group.members[0].tensor
-        plain = len({m.tensor.dtype for m in group.members}) == 1 and all(
-            is_castable(m.tensor) for m in group.members
-        )
-        if not plain:
-            return Master(group, Codec(first.dtype, first.dtype, first.dtype), location)
-        codec = choose_codec(
-            first,
-            storage_dtype=storage,
-            resident_dtype=policy.compute_dtype if group.is_buffer else kept,
-            compute_dtype=policy.compute_dtype,
-        )
-        return Master(group, codec, location)
-
-    def _make_site(
-        self,
-        name: str,
-        module: nn.Module,
-        layers: tuple[Layer, ...],
-        *,
-        atomic: bool,
-        outside: bool,
-    ) -> Site | None:
-        layers = tuple(layer for layer in layers if not layer.in_place)
-        gathers = len(layers) == 1 and can_gather(module) and not outside
-        table = layers[0] if gathers else None
-        if table is not None and len(table.masters) == 1:
-            master = table.masters[0]
-            at_rest_as_computed = not master.codec.casts_streamed
-            if self.policy.compute_device.type == "cpu" and at_rest_as_computed:
-                return None  # rows are read from the memory map of the file
-            if len(master.members) == 1 and master.nbytes >= _GATHER_BYTES:
-                return GatherSite(self, name, module, table)
-        if not layers and not outside:  # (the probe steps aside in those outside)
-            return None
-        return Site(self, name, module, layers, atomic=atomic, outside=outside)
-
-    def _make_plan(
-        self, activations: int = 0, *, keep_residents: bool = True
-    ) -> Plan:
-        """Plan for the limit.
-
-        Tables whose rows are looked up stay out of it, unless the whole model fits.
+        Raises:
+            BudgetExceededError: The limit is below the least that these layers need.
         """
-        everything = {layer.index for layer in self.layers if not layer.in_place}
-        if keep_residents and self._fits_whole(activations):
-            try:
-                whole = self._plan_for(everything, activations, keep_residents=True)
-            except BudgetExceededError:
-                whole = None  # all but the casts would fit
-            if whole is not None and whole.resident == everything:
-                return whole
+        assembly = assemble(found, self.policy, self._locations, self._masters)
+        sites = [s for k in assembly.sites if (s := self._make_site(k, assembly))]
         moved = {
             layer.index
-            for site in self.sites
+            for site in sites
             if not isinstance(site, GatherSite)
             for layer in site.layers
         }
-        plan = self._plan_for(moved, activations, keep_residents=keep_residents)
-        if self._onload_on_device and self.policy.limit_bytes:
-            whole_bytes = self._always_bytes() + sum(
-                self.layers[index].resident_bytes for index in everything
-            )
-            raise BudgetExceededError(
-                f"onload=Placement(device={str(self.policy.onload.device)!r}) keeps the "
-                f"whole model on the compute device, {format_gib(whole_bytes)}, which "
-                f"limit_gb={self.policy.limit_bytes / 2**30:g} does not allow. Onload "
-                'to "cpu" or "disk", or raise limit_gb'
-            )
-        return plan
+        predicted = tuple(sorted(assembly.moving))
+        looked_up = frozenset(assembly.moving - moved)
+        self.planner.set_assembly(assembly, predicted, looked_up)
+        self.sites = sites
+        self.layers = assembly.layers
+        self.always = assembly.always
+        self.inside_atomic = assembly.inside_atomic
+        self._masters = assembly.masters
+        self.mover.set_layers(assembly.layers, predicted)
+        self._assembly = assembly
 
-    def _plan_for(
-        self, used: set[int], activations: int, *, keep_residents: bool
-    ) -> Plan:
-        unlimited = self._onload_on_device and self.policy.limit_bytes == 0
-        return make_plan(
-            [self._spec(layer, layer.index in used) for layer in self.layers],
-            order=[i for i in self.mover.order.sequence if i in used],
-            chains=[tuple(i for i in chain if i in used) for chain in self._chains],
-            limit_bytes=None if unlimited else self.policy.limit_bytes,
-            always_bytes=self._always_bytes(),
-            activation_bytes=activations,
-            keep_residents=keep_residents,
+    def _make_site(self, sketch: SiteSketch, assembly: Assembly) -> Site | None:
+        layers = tuple(
+            assembly.layers[i] for i in sketch.layers if i in assembly.moving
         )
-
-    def _fits_whole(self, activations: int) -> bool:
-        limit = self.policy.limit_bytes
-        if any(not layer.can_stay for layer in self.layers if not layer.in_place):
-            return False
-        if limit is None:
-            return True
-        whole = sum(layer.resident_bytes for layer in self.layers)
-        return self._always_bytes() + whole + activations <= limit
+        if len(layers) == 1 and can_gather(sketch.module):
+            masters = layers[0].masters
+            if len(masters) == 1 and len(masters[0].members) == 1:
+                on_cpu = self.policy.compute_device.type == "cpu"
+                if on_cpu and not masters[0].codec.casts_streamed:
+                    return None  # rows are read from the memory map of the file
+                if masters[0].nbytes >= _GATHER_BYTES:
+                    return GatherSite(self, sketch.name, sketch.module, layers[0])
+        # The probe steps aside in those that have their hooks outside.
+        if not layers and not sketch.outside:
+            return None
+        return Site(
+            self,
+            sketch.name,
+            sketch.module,
+            layers,
+            atomic=sketch.atomic,
+            outside=sketch.outside,
+        )
 
     @property
-    def _onload_on_device(self) -> bool:
-        device = self.policy.onload.device
-        return isinstance(device, torch.device) and device.type != "cpu"
-
-    @staticmethod
-    def _spec(layer: Layer, used: bool) -> LayerSpec:
-        if not used or layer.in_place:
-            return LayerSpec(
-                name=layer.name, stream_bytes=0, copy_bytes=0, can_stay=False
-            )
-        return LayerSpec(
-            name=layer.name,
-            stream_bytes=layer.stream_bytes,
-            copy_bytes=layer.copy_bytes,
-            cast_bytes=layer.cast_bytes,
-            resident_bytes=layer.resident_bytes,
-            resident_cast_bytes=layer.resident_cast_bytes,
-            held=layer.held,
-            can_stay=layer.can_stay,
-        )
-
-    def _always_bytes(self) -> int:
-        return self.always.resident_bytes
+    def plan(self) -> Plan:
+        """The plan that stands; the first pass may run with a smaller one."""
+        return self.planner.plan
 
     # -- begin and end --------------------------------------------------------------
 
@@ -404,7 +256,10 @@ class Session:
         if self.state_hooks.replaced_parameters():
             self._take_over_replaced()
         self.onload()
-        self._replan(args, kwargs)
+        size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
+        self.mover.apply(self.planner.for_pass(size))
+        if not self._hooks_hang and not self.all_stay:
+            self.register_hooks()
         if self._probe_next and self.sites:
             self.probe = Probe(self)
         self.mover.order.begin_pass()
@@ -426,7 +281,7 @@ class Session:
         self._probe_next = not complete
         self.mover.order.end_pass(complete)
         self.mover.counters.forwards += complete
-        self._account(complete)
+        self.planner.after_pass(complete=complete)
         if joined:
             self._join(joined)
         if self.all_stay and self._hooks_hang:
@@ -436,76 +291,6 @@ class Session:
     def all_stay(self) -> bool:
         """Whether every layer is bound between passes, so that no hook is needed."""
         return all(layer.stays_bound or layer.in_place for layer in self.layers)
-
-    def _replan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Decide the plan of the pass that begins; on a CPU it never changes.
-
-        [Note: the limit and activations] On an accelerator the limit bounds what
-        PyTorch's allocator reaches. How much of that the activations take is measured
-        in a pass that streams everything: the first one, and each one whose inputs
-        are larger than all before. What other code of this process holds at the
-        beginning of a pass counts as well.
-        """
-        memory = self.mover.memory
-        if not self.policy.limit_bytes or not memory.measures_peak:
-            self.mover.apply(self.plan)
-            return
-        size = sum(t.numel() for t in tensors_in((args, kwargs)))
-        if self._activations is None or size > self._measured_size:
-            self._measuring = True
-            self._measured_size = max(size, self._measured_size)
-            # Unknown activations get three quarters of what is not needed at least.
-            least = self.plan.least_bytes
-            spare = max(self.policy.limit_bytes - least, 0) * 3 // 4
-            self.mover.apply(self._make_plan(spare, keep_residents=False))
-            self._hang_hooks_again()
-            memory.reset_peak()
-            return
-        held = (memory.allocated_bytes() or 0) - self.budget.used
-        growth = held - self._held_when_measured
-        wanted = self._activations + max(growth, 0)
-        if wanted > self.plan.activation_bytes:
-            self.plan = self._make_plan(wanted + max(growth, 0) // 4)
-        self.mover.apply(self.plan)
-        self._hang_hooks_again()
-
-    def _hang_hooks_again(self) -> None:
-        if not self._hooks_hang and not self.all_stay:
-            self.register_hooks()
-
-    def _account(self, complete: bool) -> None:
-        memory = self.mover.memory
-        peak = memory.peak_bytes()
-        if peak is None:
-            return
-        self._peak = max(self._peak, peak)
-        limit = self.policy.limit_bytes
-        if not limit:
-            return
-        beside = peak - self.budget.used
-        if self._measuring and complete:
-            self._measuring = False
-            self._activations = beside
-            self._held_when_measured = (memory.allocated_bytes() or 0) - self.budget.used
-            self.plan = self._make_plan(beside)
-        if peak > limit:
-            self._warn_over_limit(peak, beside, limit)
-            self._activations = max(self._activations or 0, beside)
-
-    def _warn_over_limit(self, peak: int, beside: int, limit: int) -> None:
-        if "limit" in self._warned:
-            return
-        self._warned.add("limit")
-        logger.warning(
-            "limit_gb=%g was exceeded: the peak was %s, of which activations and other "
-            "tensors of this process took %s and the model's weights %s. A smaller "
-            "input (batch, resolution, context) or limit_gb=%.3g would keep it",
-            limit / 2**30,
-            format_gib(peak),
-            format_gib(beside),
-            format_gib(self.budget.used),
-            (beside + self.plan.least_bytes) / 2**30 + 0.01,
-        )
 
     def _join(self, joined: list[tuple[str, str]]) -> None:
         """Let tensors that were used sideways come with the modules that use them."""
@@ -528,8 +313,7 @@ class Session:
         """Manage parameters that replaced others (``load_state_dict(assign=True)``)."""
         self._release_always()
         self._rebuild()
-        moved = [m for layer in self.layers for m in layer.masters]
-        self.store.replace_masters(moved, self.policy.offload)
+        self.store.replace_masters(self._assembly.moved_masters, self.policy.offload)
         if self.onloaded and self.policy.offload.on_disk:
             self.onloaded = False
         self._adopt_buffers(self.always.masters)
@@ -543,10 +327,8 @@ class Session:
         self.remove_hooks()
         self.mover.drop_all()
         self._build(partition(self.model, self.map, self._joined))
-        self.plan = self._make_plan(self._activations or 0)
         self.register_hooks()
         self.state_hooks.renew()
-        self._held_when_measured = 0
 
     # -- states ---------------------------------------------------------------------
 
@@ -720,7 +502,7 @@ class Session:
             forwards=counters.forwards,
             bytes_moved=counters.bytes_moved,
             bytes_written_back=counters.bytes_written_back,
-            peak_bytes=self._peak if measured else self.budget.peak,
+            peak_bytes=self.planner.peak_bytes if measured else self.budget.peak,
             limit_bytes=self.policy.limit_bytes,
             stall_seconds=self.mover.engine.stall_seconds(),
             hits=counters.hits,

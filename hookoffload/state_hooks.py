@@ -121,7 +121,6 @@ class StateHooks:
         return function(like) is like
 
 
-
 def session_of(module: nn.Module) -> Session | None:
     """Return the session that a module's tensors are attached to, None without one."""
     guard = getattr(module.__dict__.get("_apply"), "__self__", None)

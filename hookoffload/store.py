@@ -25,8 +25,10 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from .checkpoint import CheckpointError, TensorLocation, write_spill_file
 from .codec import Codec, is_castable
@@ -74,9 +76,7 @@ class Member:
 
     def view(self, base: torch.Tensor, start: int) -> torch.Tensor:
         """Return this member over a flat tensor whose master begins at ``start``."""
-        return base.as_strided(
-            self.shape, self.stride, start + self.location_in_master
-        )
+        return base.as_strided(self.shape, self.stride, start + self.location_in_master)
 
     def set_rest(self, rest: torch.Tensor) -> None:
         """Make ``rest`` the value at rest (does not touch the tensor)."""
@@ -87,7 +87,18 @@ class Member:
 class Master:
     """The bytes of one tensor group at rest, and the members that share them."""
 
-    __slots__ = ("castable", "codec", "count", "dirty", "flat", "location", "members", "mixed", "name", "revision")
+    __slots__ = (
+        "castable",
+        "codec",
+        "count",
+        "dirty",
+        "flat",
+        "location",
+        "members",
+        "mixed",
+        "name",
+        "revision",
+    )
 
     def __init__(
         self, group: TensorGroup, codec: Codec, location: TensorLocation | None = None
@@ -113,6 +124,11 @@ class Master:
     def nbytes(self) -> int:
         """Bytes at rest."""
         return self.count * self.codec.rest.itemsize
+
+    def is_of(self, group: TensorGroup) -> bool:
+        """Tell whether the members are the tensor objects of a group."""
+        mine = {id(member.tensor) for member in self.members}
+        return mine == {id(managed.tensor) for managed in group.members}
 
     @property
     def in_ram(self) -> bool:
@@ -142,7 +158,7 @@ class Master:
     def member_view(self, member: Member, flat: torch.Tensor) -> torch.Tensor:
         """Return a member's view of a flat tensor that holds this master."""
         base = flat.view(member.dtype) if self.mixed else flat
-        return member.view(base, base.storage_offset())
+        return member.view(base, int(base.storage_offset()))
 
     def put_to_rest(self) -> None:
         """Swap every member back to the master."""
@@ -227,7 +243,7 @@ def _flat(tensor: torch.Tensor, low: int, high: int, mixed: bool) -> torch.Tenso
     flat = torch.empty(0, dtype=dtype, device=tensor.device)
     size = (high - low) // dtype.itemsize
     storage = tensor.data.untyped_storage()
-    return flat.set_(storage, low // dtype.itemsize, (size,), (1,))  # type: ignore[call-overload,no-any-return]
+    return flat.set_(storage, low // dtype.itemsize, (size,), (1,))
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -273,8 +289,6 @@ class Store:
         if not spilled:
             return
         folder = self._make_folder()
-        # Cast one by one while writing would need the header first: the sizes are
-        # known, so the views of uncast tensors cost nothing and casts are the exception.
         tensors = {
             f"{i:06d}.{m.name}": m.flat.to(dtype) if dtype and m.castable else m.flat
             for i, m in enumerate(spilled)
@@ -282,7 +296,7 @@ class Store:
         total = sum(t.nbytes for t in tensors.values())
         with progress_bar("writing weights to disk", total) as bar:
             path = folder / f"weights-{len(self._files)}.safetensors"
-            file = write_spill_file(path, tensors, progress=bar.update)
+            file = write_spill_file(path, tensors, progress=lambda n: _advance(bar, n))
         self._files.add(file)
         names = list(tensors)
         del tensors
@@ -303,9 +317,7 @@ class Store:
                 "disk_dir=, a folder that can be written, on a disk with room"
             ) from error
         # A model that is dropped without detach leaves no files behind either.
-        self._remove = weakref.finalize(
-            self, shutil.rmtree, self._folder, True
-        )
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, True)
         return self._folder
 
     def onload(self) -> None:
@@ -381,6 +393,10 @@ class Store:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+def _advance(bar: tqdm[Any], nbytes: int) -> None:
+    bar.update(nbytes)
 
 
 def _rest_dtype(master: Master) -> torch.dtype:

@@ -390,7 +390,8 @@ def entry(**changes):
 BAD_HEADERS = {
     "not JSON": (b"{garbage", "header is not"),
     "not UTF-8": (b'{"\xff":1}', "header is not"),
-    "no object": (b"[1, 2]", "header is not"),
+    "a list": (b"[1, 2]", "header is not"),
+    "a number": (b"3", "header is not"),
     "deep": (b'{"x":' + b"[" * 200_000, "header is not"),
     "entry is a number": ({"x": 3}, "header is not"),
     "no dtype": ({"x": {"shape": [4], "data_offsets": [0, 4]}}, "'x' has the dtype"),
@@ -662,7 +663,7 @@ def some_tensors():
         "every second": strided[::2, 1::3],
         "expanded": torch.arange(3).expand(100, 3),
         "conjugated": torch.tensor([1 + 2j, 3 - 4j]).conj(),
-        "negated": torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
+        "negated": torch.tensor([1 + 2j]).conj().imag,
         "parameter": torch.nn.Parameter(torch.ones(3)),
         "ünï": torch.ones(1, dtype=torch.bool),
     }
@@ -678,7 +679,7 @@ def test_spill_file_is_a_valid_safetensors_file(tmp_path, monkeypatch, chunk):
     assert file.writable_shared and file.path == path
     assert file.metadata == {"kind": "spill"}
     assert sum(counts) == sum(tensor.nbytes for tensor in tensors.values())
-    assert max(counts) <= max(chunk, 8)
+    assert 0 < min(counts) <= max(counts) <= max(chunk, 8)
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys() == file.tensors.keys()
     for name, tensor in tensors.items():

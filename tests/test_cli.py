@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hookoffload import demo
+from hookoffload import demo, demo_trial
 from hookoffload.cli import main
-from hookoffload.demo import Measurement, Trial
 from hookoffload.demo_model import Checkpoint, DemoTransformer, Shape, default_cache_dir
+from hookoffload.demo_trial import Measurement, Trial
 
 GIB = 2**30
 SMALL = Shape(width=64, blocks=2)
@@ -272,12 +272,12 @@ def test_run_that_is_killed_is_told_with_its_signal(
     killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *_args, **_options: killed)
     with pytest.raises(RuntimeError, match=r"plain run was ended by signal 9.*memory"):
-        demo.measure_in_fresh_process(trial_of("nowhere"))
+        demo_trial.measure_in_fresh_process(trial_of("nowhere"))
 
 
 def test_run_that_fails_gives_its_reason() -> None:
     with pytest.raises(RuntimeError, match=r"the plain run failed: .*nowhere"):
-        demo.measure_in_fresh_process(trial_of("nowhere"))
+        demo_trial.measure_in_fresh_process(trial_of("nowhere"))
 
 
 def trial_of(checkpoint: str) -> Trial:
@@ -297,7 +297,7 @@ def test_measurement_is_one_json_object(
     checkpoint = small_checkpoint(tmp_path)
     checkpoint.write()
     trial = trial_of(str(checkpoint.path))
-    assert demo.main([json.dumps(vars(trial))]) == 0
+    assert demo_trial.main([json.dumps(vars(trial))]) == 0
     assert Measurement(**json.loads(capsys.readouterr().out)).load_seconds > 0
 
 

@@ -124,7 +124,7 @@ def test_what_is_recorded_stays_until_the_next_pass_begins() -> None:
     run_pass(order, [1, 0], complete=False)
     assert order.recorded == (1, 0)
     order.begin_pass()
-    assert order.recorded == ()
+    assert not order.recorded
 
 
 def test_ending_a_pass_twice_changes_nothing() -> None:

@@ -1,0 +1,122 @@
+"""Partition -> layers with masters: what a session works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .checkpoint import TensorLocation
+from .codec import Codec, choose_codec, is_castable
+from .layer import Layer
+from .partition import Partition, SiteSketch, TensorGroup
+from .policy import ResolvedPolicy
+from .store import Master
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A model's layers and masters, and where hooks are needed.
+
+    Attributes:
+        layers: the layers; ``layers[i].index == i``.
+        always: a layer of everything that is on the compute device whatever happens.
+        chains: layers that are bound at the same time at some moment.
+        sites: modules that need hooks; none if nothing moves.
+        inside_atomic: ids of modules inside atomic ones.
+        masters: every master, by the id of its first tensor object.
+    """
+
+    layers: list[Layer]
+    always: Layer
+    chains: list[tuple[int, ...]]
+    sites: list[SiteSketch]
+    inside_atomic: frozenset[int]
+    masters: dict[int, Master]
+
+    @property
+    def moved_masters(self) -> list[Master]:
+        """The masters of the layers, without those that are always on the device."""
+        return [master for layer in self.layers for master in layer.masters]
+
+    @property
+    def moving(self) -> set[int]:
+        """Indices of the layers that the compute device cannot use where they rest."""
+        return {layer.index for layer in self.layers if not layer.in_place}
+
+
+def assemble(
+    found: Partition,
+    policy: ResolvedPolicy,
+    locations: dict[str, TensorLocation],
+    known: dict[int, Master],
+) -> Assembly:
+    """Make layers from a partition; changes no tensor.
+
+    Args:
+        found: the partition.
+        policy: where masters rest and in which dtypes.
+        locations: where the bytes of tensors lie that were never in memory, by name.
+        known: masters from an earlier assembly of the same model, which are kept.
+    """
+    masters: dict[int, Master] = {}
+
+    def master_of(group: TensorGroup) -> Master:
+        key = id(group.members[0].tensor)
+        master = known.get(key)
+        if master is None or not master.is_of(group):
+            master = make_master(group, policy, locations)
+        masters[key] = master
+        return master
+
+    layers = []
+    for index, sketch in enumerate(found.layers):
+        layer = Layer(index, sketch.name, [master_of(g) for g in sketch.groups])
+        layer.measure(
+            policy.compute_device,
+            on_disk=policy.onload.on_disk,
+            may_stay=policy.preparing is not None,
+        )
+        layer.held = index in found.held
+        layers.append(layer)
+    always = Layer(-1, "buffers", [master_of(g) for g in found.always])
+    always.measure(policy.compute_device, on_disk=False, may_stay=True)
+    moves = any(not layer.in_place for layer in layers)
+    return Assembly(
+        layers=layers,
+        always=always,
+        chains=found.chains,
+        sites=found.sites if moves else [],
+        inside_atomic=frozenset(
+            id(module)
+            for sketch in found.sites
+            if sketch.atomic
+            for module in sketch.module.modules()
+            if module is not sketch.module
+        ),
+        masters=masters,
+    )
+
+
+def make_master(
+    group: TensorGroup, policy: ResolvedPolicy, locations: dict[str, TensorLocation]
+) -> Master:
+    """Make the master of a tensor group: its dtypes, and its file if it has one."""
+    names = [n for m in group.members for n in (m.name, *m.aliases)]
+    location = next((locations[name] for name in names if name in locations), None)
+    first = group.members[0].tensor
+    one_dtype = len({m.tensor.dtype for m in group.members}) == 1
+    if not one_dtype or not all(is_castable(m.tensor) for m in group.members):
+        return Master(group, Codec(first.dtype, first.dtype, first.dtype), location)
+    storage = None
+    if not group.is_buffer:
+        waits = policy.offload if policy.onload.on_disk else policy.onload
+        # A user's file keeps its dtype: the cast happens on the compute device.
+        from_file = location is not None and policy.onload.on_disk
+        storage = None if from_file else waits.dtype
+    kept = policy.preparing.dtype if policy.preparing is not None else None
+    codec = choose_codec(
+        first,
+        storage_dtype=storage,
+        resident_dtype=policy.compute_dtype if group.is_buffer else kept,
+        compute_dtype=policy.compute_dtype,
+    )
+    return Master(group, codec, location)

@@ -1,0 +1,208 @@
+"""The plan of each pass: from the limit, the sizes and the measured activations."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from .assembly import Assembly
+from .budget import BudgetExceededError, MemoryBudget, format_gib
+from .device_memory import DeviceMemory
+from .layer import Layer
+from .planner import LayerSpec, Plan, make_plan
+from .policy import ResolvedPolicy
+
+logger = logging.getLogger(__name__)
+
+
+class PassPlanner:
+    """Decides what is resident, pass by pass.
+
+    [Note: the limit and activations] On an accelerator the limit bounds what PyTorch's
+    allocator reaches in this process. How much of that is not the library's (the
+    activations, and tensors of other code) is measured in a pass that streams
+    everything: the first one, and each one whose inputs are larger than all before.
+    What other code holds at the beginning of a later pass, beyond what it held then,
+    is added. On a CPU nobody can count activations apart: the limit bounds the
+    library's own bytes, and one plan serves all passes.
+
+    Args:
+        policy: the limit and the placements.
+        budget: the accountant.
+        memory: statistics of the compute device.
+    """
+
+    def __init__(
+        self, policy: ResolvedPolicy, budget: MemoryBudget, memory: DeviceMemory
+    ) -> None:
+        self._policy = policy
+        self._budget = budget
+        self._memory = memory
+        self._assembly: Assembly | None = None
+        self._looked_up: frozenset[int] = frozenset()
+        self._order: tuple[int, ...] = ()
+        self._activations: int | None = None  # measured, bytes
+        self._held: int = 0  # bytes of other code when they were measured
+        self._size = -1  # input elements of the largest pass so far
+        self._measuring = False
+        self._warned = False
+        self.peak_bytes = 0
+        self.plan: Plan
+
+    def set_assembly(
+        self, assembly: Assembly, order: tuple[int, ...], looked_up: frozenset[int]
+    ) -> None:
+        """Plan for a model's layers.
+
+        Args:
+            assembly: the layers.
+            order: the sequence of layers in a pass.
+            looked_up: tables whose rows are looked up where they rest.
+
+        Raises:
+            BudgetExceededError: The limit is below the least; the old plan stands.
+        """
+        before = (self._assembly, self._order, self._looked_up)
+        self._assembly, self._order, self._looked_up = assembly, order, looked_up
+        try:
+            self.plan = self.make(self._activations or 0)
+        except BudgetExceededError:
+            self._assembly, self._order, self._looked_up = before
+            raise
+
+    def for_pass(self, input_elements: int) -> Plan:
+        """Return the plan for a pass that begins now.
+
+        Args:
+            input_elements: how many elements the tensors among the inputs have.
+        """
+        limit = self._policy.limit_bytes
+        if not limit or not self._memory.measures_peak:
+            return self.plan
+        if self._activations is None or input_elements > self._size:
+            self._measuring = True
+            self._size = max(input_elements, self._size)
+            # Unknown activations get three quarters of what is not needed at least.
+            spare = max(limit - self.plan.least_bytes, 0) * 3 // 4
+            self._memory.reset_peak()
+            return self.make(spare, keep_residents=False)
+        growth = max(self._held_by_others() - self._held, 0)
+        if self._activations + growth > self.plan.activation_bytes:
+            self.plan = self.make(self._activations + growth + growth // 4)
+        return self.plan
+
+    def after_pass(self, *, complete: bool) -> None:
+        """Look at what the pass that has ended took."""
+        peak = self._memory.peak_bytes()
+        if peak is None:
+            return
+        self.peak_bytes = max(self.peak_bytes, peak)
+        limit = self._policy.limit_bytes
+        if not limit:
+            return
+        beside = peak - self._budget.used
+        if self._measuring and complete:
+            self._measuring = False
+            self._activations = beside
+            self._held = self._held_by_others()
+            self.plan = self.make(beside)
+        if peak > limit:
+            self._activations = max(self._activations or 0, beside)
+            self._warn(peak, beside, limit)
+
+    def make(self, activations: int, *, keep_residents: bool = True) -> Plan:
+        """Plan for so many bytes of activations.
+
+        Tables whose rows are looked up stay out of it, unless the whole model fits.
+        """
+        assembly = self._assembly
+        assert assembly is not None, "a session plans for its assembly only"
+        moving = assembly.moving
+        if keep_residents and self._fits_whole(assembly, activations):
+            try:
+                whole = self._plan_for(assembly, moving, activations)
+            except BudgetExceededError:
+                whole = None  # all but the casts would fit
+            if whole is not None and whole.resident == moving:
+                return whole
+        if self._onload_on_device and self._policy.limit_bytes:
+            raise BudgetExceededError(
+                f"onload=Placement(device={str(self._policy.onload.device)!r}) keeps "
+                "the whole model on the compute device, "
+                f"{format_gib(self._whole_bytes(assembly))}, which limit_gb="
+                f"{self._policy.limit_bytes / 2**30:g} does not allow. Onload to "
+                '"cpu" or "disk", or raise limit_gb'
+            )
+        used = moving - self._looked_up
+        return self._plan_for(
+            assembly, used, activations, keep_residents=keep_residents
+        )
+
+    def _plan_for(
+        self,
+        assembly: Assembly,
+        used: set[int],
+        activations: int,
+        *,
+        keep_residents: bool = True,
+    ) -> Plan:
+        on_device = self._onload_on_device and self._policy.limit_bytes == 0
+        return make_plan(
+            [_spec(layer, used=layer.index in used) for layer in assembly.layers],
+            order=[index for index in self._order if index in used],
+            chains=[tuple(i for i in c if i in used) for c in assembly.chains],
+            limit_bytes=None if on_device else self._policy.limit_bytes,
+            always_bytes=assembly.always.resident_bytes,
+            activation_bytes=activations,
+            keep_residents=keep_residents,
+        )
+
+    def _fits_whole(self, assembly: Assembly, activations: int) -> bool:
+        if not all(assembly.layers[index].can_stay for index in assembly.moving):
+            return False
+        limit = self._policy.limit_bytes
+        return limit is None or self._whole_bytes(assembly) + activations <= limit
+
+    @staticmethod
+    def _whole_bytes(assembly: Assembly) -> int:
+        whole = sum(layer.resident_bytes for layer in assembly.layers)
+        return assembly.always.resident_bytes + whole
+
+    @property
+    def _onload_on_device(self) -> bool:
+        device = self._policy.onload.device
+        return isinstance(device, torch.device) and device.type != "cpu"
+
+    def _held_by_others(self) -> int:
+        return (self._memory.allocated_bytes() or 0) - self._budget.used
+
+    def _warn(self, peak: int, beside: int, limit: int) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        logger.warning(
+            "limit_gb=%g was exceeded: the peak was %s, of which activations and other "
+            "tensors of this process took %s and the model's weights %s. A smaller "
+            "input (batch, resolution, context) or limit_gb=%.3g would keep it",
+            limit / 2**30,
+            format_gib(peak),
+            format_gib(beside),
+            format_gib(self._budget.used),
+            (beside + self.plan.least_bytes) / 2**30 + 0.01,
+        )
+
+
+def _spec(layer: Layer, *, used: bool) -> LayerSpec:
+    if not used:
+        return LayerSpec(name=layer.name, stream_bytes=0, copy_bytes=0, can_stay=False)
+    return LayerSpec(
+        name=layer.name,
+        stream_bytes=layer.stream_bytes,
+        copy_bytes=layer.copy_bytes,
+        cast_bytes=layer.cast_bytes,
+        resident_bytes=layer.resident_bytes,
+        resident_cast_bytes=layer.resident_cast_bytes,
+        held=layer.held,
+        can_stay=layer.can_stay,
+    )
