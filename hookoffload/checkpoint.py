@@ -246,8 +246,8 @@ class CheckpointFile:
             if count == 0:
                 raise CheckpointError(
                     f"{self._where(location)}: the file ends after {start + done} of "
-                    f"the tensor's {location.nbytes} bytes; it was cut short since it was "
-                    "opened. Put the original file back, or load the model again."
+                    f"the tensor's {location.nbytes} bytes; it was cut short since "
+                    "it was opened. Put the original file back, or load the model again."
                 )
             done += count
 

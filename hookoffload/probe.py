@@ -103,7 +103,7 @@ class Probe(TorchFunctionMode):
             self._users.append(user)
         self._stack = [("", [])]
         self._aside = 0
-        self.__enter__()
+        TorchFunctionMode.__enter__(self)
         self._on = True
 
     def end(self) -> list[tuple[str, str]]:
@@ -121,7 +121,7 @@ class Probe(TorchFunctionMode):
             for layer in reversed(self._stack.pop()[1]):
                 self._session.release(layer)
         if self._on and not self._aside and self._is_innermost():
-            self.__exit__(None, None, None)
+            TorchFunctionMode.__exit__(self, None, None, None)
         self._on = False
         return self.joined
 
@@ -156,7 +156,7 @@ class Probe(TorchFunctionMode):
             self._aside += 1
             if self._aside == 1:
                 if self._is_innermost():
-                    self.__exit__(None, None, None)
+                    TorchFunctionMode.__exit__(self, None, None, None)
                 else:
                     self._aside = 0
 
@@ -169,7 +169,7 @@ class Probe(TorchFunctionMode):
         if self._aside:
             self._aside -= 1
             if not self._aside:
-                self.__enter__()
+                TorchFunctionMode.__enter__(self)
 
     def __torch_function__(
         self,
