@@ -225,6 +225,10 @@ class CheckpointFile:
             RuntimeError: The file is closed.
         """
         self._check_ours(location, start + destination.nbytes, part=True)
+        if start < 0:
+            raise ValueError(
+                f"{self._where(location)}: start must be 0 or more bytes, not {start}."
+            )
         if destination.device.type != "cpu" or not destination.is_contiguous():
             raise ValueError(
                 f"{self._where(location)}: the destination must be a contiguous CPU "
@@ -247,7 +251,8 @@ class CheckpointFile:
                 raise CheckpointError(
                     f"{self._where(location)}: the file ends after {start + done} of "
                     f"the tensor's {location.nbytes} bytes; it was cut short since "
-                    "it was opened. Put the original file back, or load the model again."
+                    "it was opened. Put the original file back, or load the model "
+                    "again."
                 )
             done += count
 

@@ -19,11 +19,12 @@ binds, and copies again if it moved. Scratch is written and read by the compute
 stream alone; its tokens are the same ``done`` events, waited for by that stream.
 
 The host runs ahead of the device: all of this is queued, nothing is waited for on
-the host, with two exceptions. Bytes from a file pass through a ring of page-locked
-staging buffers that the worker thread alone owns; it reuses one after the event behind
-its copy. `wait` therefore first waits, on the host, until the worker has *queued* the
-copies. No deadlock follows: a copy waits only for events that are already recorded,
-and the work in front of those needed no later copy.
+the host, with one exception. Bytes that are not page-locked (from a file, or beyond
+what may be locked) pass through a ring of page-locked staging buffers that the worker
+thread alone owns; it reuses one after the event behind its copy. `wait` therefore
+first waits, on the host, until the worker has *queued* the copies. No deadlock
+follows: a copy waits only for events that are already recorded, and the work in front
+of those needed no later copy.
 
 On a CPU the worker thread is the copy stream, "queued" is "done", and releases are
 complete when the post hook runs, so that tokens are None.
@@ -219,8 +220,8 @@ class StreamCopyEngine:
         self._waits: deque[tuple[torch.Event, torch.Event]] = deque()
 
     def start(self, copy: Copy) -> None:
-        """Begin a copy: queue it, or give it to the worker if it reads files."""
-        if all(master.in_ram for master, _ in copy.pieces):
+        """Begin a copy: queue it, or give it to the worker to be staged."""
+        if all(master.pinned for master, _ in copy.pieces):
             _queue_copies(self._stream, copy)
             copy.queued.set()
         else:
@@ -327,7 +328,7 @@ def _queue_copies(stream: torch.Stream, copy: Copy) -> None:
 
 
 class _StagedCopy:
-    """What the worker does for an accelerator: file -> staging buffer -> region."""
+    """What the worker does for an accelerator: master -> staging buffer -> region."""
 
     def __init__(self, device: torch.device, stream: torch.Stream) -> None:
         self._device = device

@@ -94,6 +94,7 @@ class ResolvedPolicy:
             smaller of the storage and the computation dtype.
         disk_dir: The folder for files on disk; None is the system's temporary one.
         module_map: The user's map, empty if there is none.
+        pin_limit_bytes: The most memory to page-lock; None: what this machine can.
     """
 
     limit_bytes: int | None
@@ -104,6 +105,7 @@ class ResolvedPolicy:
     preparing: Placement | None
     disk_dir: Path | None
     module_map: ModuleMap
+    pin_limit_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,8 @@ class OffloadPolicy:
             the default, or "disk" for no residents. A dtype not given is, for each
             tensor, the smaller of the storage and the computation dtype.
         computation: Where and as what a layer computes.
+        pin_limit_gb: The most host memory to page-lock, in GiB: what is locked is
+            copied at the speed of the link. Default: what this machine can. 0: none.
         debug: Overwrite memory with NaN when a layer is released, so that code which
             keeps a streamed weight beyond its forward computes NaN. Slow.
 
@@ -159,6 +163,7 @@ class OffloadPolicy:
     onload: Placement | None = None
     preparing: Placement | None = None
     computation: Placement | None = None
+    pin_limit_gb: float | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -166,7 +171,10 @@ class OffloadPolicy:
         normal: dict[str, Any] = {
             "limit_gb": _checked_limit("limit_gb", self.limit_gb),
             "compute_device": _checked_device("compute_device", self.compute_device),
+            "pin_limit_gb": _checked_limit("pin_limit_gb", self.pin_limit_gb),
         }
+        if not isinstance(self.debug, bool):
+            raise ValueError(f"debug={self.debug!r} must be True or False")
         _checked_dtype("compute_dtype", self.compute_dtype)
         _checked_dtype("storage_dtype", self.storage_dtype)
         if self.store not in (None, "cpu", "disk"):
@@ -274,7 +282,7 @@ class OffloadPolicy:
         folder = None if self.disk_dir is None else Path(self.disk_dir).expanduser()
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"disk_dir={str(folder)!r} is not a folder")
-        limit = self.limit_gb
+        limit, pinned = self.limit_gb, self.pin_limit_gb
         return ResolvedPolicy(
             limit_bytes=None if limit is None else int(Fraction(limit) * BYTES_PER_GIB),
             compute_device=compute,
@@ -284,6 +292,7 @@ class OffloadPolicy:
             preparing=None if preparing.on_disk else preparing,
             disk_dir=folder,
             module_map=ModuleMap(self.module_map),
+            pin_limit_bytes=None if pinned is None else int(pinned * BYTES_PER_GIB),
         )
 
     def _placements(

@@ -21,6 +21,7 @@ from .layer import Layer
 from .mover import LayerMover
 from .partition import Partition, SiteSketch, partition
 from .pass_planner import PassPlanner
+from .pinning import PageLock
 from .plan import Plan
 from .policy import Placement, ResolvedPolicy
 from .probe import Probe
@@ -83,6 +84,7 @@ class Session:
         self.state_hooks = StateHooks(self)
         self._build(partition(model, self.map))
         self.store = Store(self._assembly.moved_masters, policy.disk_dir)
+        self._page_lock = PageLock(policy.compute_device, policy.pin_limit_bytes)
 
     # -- what there is --------------------------------------------------------------
 
@@ -148,6 +150,7 @@ class Session:
         try:
             self._adopt_buffers(self.always.masters)
             self.store.adopt(self.store.masters, policy.offload)
+            self._page_lock.lock(self.store.masters)
             self.register_hooks()
             self.state_hooks.register()
         except BaseException:
@@ -165,6 +168,7 @@ class Session:
         try:
             self.mover.drop_all()
             self._release_always()
+            self._page_lock.unlock(self.store.masters)
             Store(self.always.masters, None).restore()
             self.store.restore()
         finally:
@@ -313,9 +317,11 @@ class Session:
         """Manage parameters that replaced others (``load_state_dict(assign=True)``)."""
         self._release_always()
         self._rebuild()
+        self._page_lock.unlock(self.store.masters)
         self.store.replace_masters(self._assembly.moved_masters, self.policy.offload)
         if self.onloaded and self.policy.offload.on_disk:
             self.onloaded = False
+        self._page_lock.lock(self.store.masters)
         self._adopt_buffers(self.always.masters)
 
     @staticmethod
@@ -338,6 +344,7 @@ class Session:
             return
         if self.policy.offload.on_disk and not self.policy.onload.on_disk:
             self.store.onload()
+            self._page_lock.lock(self.store.masters)
         self._bind_always()
         self.onloaded = True
 
@@ -346,6 +353,7 @@ class Session:
         self.mover.drop_all()
         self._release_always()
         if self.onloaded and self.policy.offload.on_disk:
+            self._page_lock.unlock(self.store.masters)
             self.store.offload()
         self.onloaded = False
         self.register_hooks()

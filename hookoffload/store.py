@@ -97,6 +97,7 @@ class Master:
         "members",
         "mixed",
         "name",
+        "pinned",
         "revision",
     )
 
@@ -118,6 +119,7 @@ class Master:
         )
         self.location = location
         self.dirty = False
+        self.pinned = False  # page-locked, see pinning.py
         self.revision = 0  # counts changes of the bytes at rest
 
     @property
@@ -150,7 +152,7 @@ class Master:
         """Take ``flat`` as the bytes at rest from now on, and put members on it."""
         self.flat = flat
         self.location = location
-        self.dirty = False
+        self.dirty = self.pinned = False
         for member in self.members:
             member.set_rest(self.member_view(member, flat))
         self.put_to_rest()
