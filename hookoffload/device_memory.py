@@ -55,7 +55,7 @@ class DeviceMemory:
         self.device = device
         self.budget = budget
         self._module = None if device.type == "cpu" else _device_module(device)
-        self._blocks: dict[int, Block] = {}
+        self._transient: list[Block] = []  # one or two; residents can be thousands
 
     def allocate(self, kind: str, nbytes: int, what: str = "") -> Block:
         """Return a block of at least ``nbytes`` bytes.
@@ -72,20 +72,19 @@ class DeviceMemory:
             self.budget.release(kind, size)
             raise
         block = Block(memory, kind)
-        self._blocks[id(block)] = block
+        if kind in TRANSIENT_KINDS:
+            self._transient.append(block)
         return block
 
     def free(self, block: Block) -> None:
         """Give a block back to the budget and to PyTorch's allocator."""
         self.budget.release(block.kind, block.nbytes)
-        del self._blocks[id(block)]
+        if block.kind in TRANSIENT_KINDS:
+            self._transient.remove(block)
 
     def overlaps_transient(self, pointer: int) -> bool:
         """Tell whether an address lies in memory that is reused within a pass."""
-        for block in self._blocks.values():
-            if block.start <= pointer < block.end and block.kind in TRANSIENT_KINDS:
-                return True
-        return False
+        return any(block.start <= pointer < block.end for block in self._transient)
 
     def allocated_bytes(self) -> int | None:
         """Return what this process's PyTorch allocator holds, None where unknown."""

@@ -159,7 +159,8 @@ def partition(
         used = [layer_of[id(g)] for g in mine if id(g) in layer_of]
         if fresh:
             index = len(layers)
-            layers.append(LayerSketch(name, entry.module, fresh))
+            label = name or type(model).__name__  # the root's full name is empty
+            layers.append(LayerSketch(label, entry.module, fresh))
             layer_of.update((id(g), index) for g in fresh)
             used.insert(0, index)
         if used:

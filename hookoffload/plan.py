@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hookoffload.budget import format_gib, format_gib_up
+from .budget import format_gib, format_gib_up
 
 
 @dataclass(frozen=True, kw_only=True)

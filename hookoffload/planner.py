@@ -6,8 +6,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hookoffload.budget import BudgetExceededError, format_gib_up, format_limit
-from hookoffload.plan import LayerSpec, Plan
+from .budget import BudgetExceededError, format_gib_up, format_limit
+from .plan import LayerSpec, Plan
 
 __all__ = ["LayerSpec", "Plan", "make_plan"]
 

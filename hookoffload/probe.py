@@ -79,6 +79,7 @@ class Probe(TorchFunctionMode):
             for layer in session.layers
             for piece in layer.pieces
             for member in piece.master.members
+            if id(member.tensor) not in session.read_in_place
         }
         self._users: list[_User] = []
         # Modules that run: name, and the layers bound on the spot for them.

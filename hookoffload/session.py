@@ -73,12 +73,14 @@ class Session:
         self.layers: list[Layer]
         self.always: Layer
         self.inside_atomic: frozenset[int]
+        self.read_in_place: set[int]  # ids of tables that are never brought in
         self._masters: dict[int, Master] = {}
         self._joined: list[tuple[str, str]] = []
         self._stand_in: torch.Tensor | None = None
         self._global_handles: list[RemovableHandle] = []
         self._hooks_hang = False
         self._probe_next = True
+        self._autocast_cache = True
         self.calls = CallTracker(frozenset(id(m) for m in model.modules()))
         self.root = RootHooks(self, model)
         self.state_hooks = StateHooks(self)
@@ -95,6 +97,7 @@ class Session:
             BudgetExceededError: The limit is below the least that these layers need.
         """
         assembly = assemble(found, self.policy, self._locations, self._masters)
+        self.read_in_place = set()
         sites = [s for k in assembly.sites if (s := self._make_site(k, assembly))]
         moved = {
             layer.index
@@ -122,7 +125,9 @@ class Session:
             if len(masters) == 1 and len(masters[0].members) == 1:
                 on_cpu = self.policy.compute_device.type == "cpu"
                 if on_cpu and not masters[0].codec.casts_streamed:
-                    return None  # rows are read from the memory map of the file
+                    # Rows are read from the memory map of the file.
+                    self.read_in_place.add(id(masters[0].members[0].tensor))
+                    return None
                 if masters[0].nbytes >= _GATHER_BYTES:
                     return GatherSite(self, sketch.name, sketch.module, layers[0])
         # The probe steps aside in those that have their hooks outside.
@@ -270,6 +275,10 @@ class Session:
         if not self.all_stay:
             self.mover.prefetch()
         inputs = self.to_compute_device((args, kwargs))
+        self._autocast_cache = torch.is_autocast_cache_enabled()
+        if torch.is_autocast_enabled(self.policy.compute_device.type):
+            # It would keep a cast copy of every weight, beyond any limit.
+            torch.set_autocast_cache_enabled(False)
         if self.probe is not None:
             self.probe.begin()
         return inputs  # type: ignore[no-any-return]
@@ -277,6 +286,7 @@ class Session:
     def end_pass(self, *, complete: bool) -> None:
         """Account for the forward that has ended."""
         joined: list[tuple[str, str]] = []
+        torch.set_autocast_cache_enabled(self._autocast_cache)
         if self.probe is not None:
             joined = self.probe.end()
             self.probe = None
