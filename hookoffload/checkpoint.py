@@ -835,10 +835,7 @@ def _write_tensor(
     fd: int, path: Path, tensor: torch.Tensor, offset: int
 ) -> Iterator[int]:
     """Writes a tensor at a byte of a file; yields the length of each chunk written."""
-    plain = tensor.detach()
-    if plain.itemsize == 1:
-        plain = plain.view(torch.uint8)  # Packed dtypes have no copy of their own.
-    for piece in _pieces(plain):
+    for piece in _pieces(tensor.detach()):
         # A conjugate or negative view keeps its sign apart from its bytes.
         piece = piece.cpu().resolve_conj().resolve_neg().contiguous()
         with _disk_errors(path):

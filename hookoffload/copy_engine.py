@@ -115,13 +115,8 @@ class _Worker:
     def __init__(self, perform: Callable[[Copy], None]) -> None:
         self._jobs: queue.SimpleQueue[Copy | threading.Event | None]
         self._jobs = queue.SimpleQueue()
-        self._thread = threading.Thread(
-            target=self._run,
-            args=(self._jobs, perform),
-            name="hookoffload-copies",
-            daemon=True,
-        )
-        self._thread.start()
+        self._perform = perform
+        self._thread: threading.Thread | None = None  # from the first copy on
         # A model that is dropped without detach ends its thread too.
         self.close = weakref.finalize(self, self._jobs.put, None)
 
@@ -143,16 +138,24 @@ class _Worker:
 
     def put(self, copy: Copy) -> None:
         self._jobs.put(copy)
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run,
+                args=(self._jobs, self._perform),
+                name="hookoffload-copies",
+                daemon=True,
+            )
+            self._thread.start()
 
     def drain(self) -> None:
-        if self._thread.is_alive():
+        if self._thread is not None and self._thread.is_alive():
             reached = threading.Event()
             self._jobs.put(reached)
             reached.wait()
 
     def join(self) -> None:
         self.close()
-        if self._thread is not threading.current_thread():
+        if self._thread is not None:
             self._thread.join()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from .budget import BudgetExceededError, MemoryBudget
 from .copy_engine import Copy, make_copy_engine
-from .device_memory import Block, DeviceMemory
+from .device_memory import ALIGNMENT, Block, DeviceMemory
 from .layer import Layer, resident_dtype
 from .order import ExecutionOrder
 from .planner import Plan
@@ -104,11 +104,11 @@ class LayerMover:
         self.plan = plan
 
     def _resize(self, plan: Plan) -> None:
-        if self._ring.capacity != plan.ring_bytes:
-            self._ring_block = self._replace(
-                self._ring_block, "window", plan.ring_bytes
-            )
-            self._ring = RegionRing(plan.ring_bytes)
+        # Regions are aligned: what is left over behind the last would never be used.
+        ring_bytes = plan.ring_bytes // ALIGNMENT * ALIGNMENT
+        if self._ring.capacity != ring_bytes:
+            self._ring_block = self._replace(self._ring_block, "window", ring_bytes)
+            self._ring = RegionRing(ring_bytes)
         if self._stack.capacity != plan.stack_bytes:
             self._stack_block = self._replace(
                 self._stack_block, "window", plan.stack_bytes

@@ -155,7 +155,8 @@ class Session:
         try:
             self._adopt_buffers(self.always.masters)
             self.store.adopt(self.store.masters, policy.offload)
-            self._page_lock.lock(self.store.masters)
+            if self._waits_where_it_rests:
+                self._page_lock.lock(self.store.masters)
             self.register_hooks()
             self.state_hooks.register()
         except BaseException:
@@ -329,7 +330,7 @@ class Session:
         self._rebuild()
         self._page_lock.unlock(self.store.masters)
         self.store.replace_masters(self._assembly.moved_masters, self.policy.offload)
-        if self.onloaded and self.policy.offload.on_disk:
+        if not self._waits_where_it_rests:
             self.onloaded = False
         self._page_lock.lock(self.store.masters)
         self._adopt_buffers(self.always.masters)
@@ -352,19 +353,26 @@ class Session:
         """Bring the model to its onload placement, if it is not there."""
         if self.onloaded:
             return
-        if self.policy.offload.on_disk and not self.policy.onload.on_disk:
-            self.store.onload()
+        if not self._waits_where_it_rests:
+            self.store.onload(self.policy.onload)
             self._page_lock.lock(self.store.masters)
         self._bind_always()
         self.onloaded = True
+
+    @property
+    def _waits_where_it_rests(self) -> bool:
+        """Whether onload moves no master: only the device's memory changes."""
+        offload, onload = self.policy.offload, self.policy.onload
+        same_place = offload.on_disk == onload.on_disk
+        return same_place and (onload.on_disk or offload.dtype == onload.dtype)
 
     def offload(self) -> None:
         """Bring the model to its offload placement; no memory of the device is kept."""
         self.mover.drop_all()
         self._release_always()
-        if self.onloaded and self.policy.offload.on_disk:
+        if self.onloaded and not self._waits_where_it_rests:
             self._page_lock.unlock(self.store.masters)
-            self.store.offload()
+            self.store.offload(self.policy.offload)
         self.onloaded = False
         self.register_hooks()
 

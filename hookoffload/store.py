@@ -281,9 +281,15 @@ class Store:
             self._spill(masters, placement.dtype)
             return
         for master in masters:
-            flat = master.flat
-            if flat.device != _CPU or flat.dtype != _rest_dtype(master):
-                master.become(flat.to(_CPU, _rest_dtype(master)), None)
+            self._cast(master, placement.dtype)
+
+    @staticmethod
+    def _cast(master: Master, dtype: torch.dtype | None) -> None:
+        """Have a master in host RAM, in ``dtype`` if it may be cast."""
+        flat = master.flat
+        wanted = dtype if dtype is not None and master.castable else flat.dtype
+        if flat.device != _CPU or flat.dtype != wanted:
+            master.become(flat.to(_CPU, wanted), None)
 
     def _spill(self, masters: Sequence[Master], dtype: torch.dtype | None) -> None:
         """Write masters that have no file yet to a file of their own, free the RAM."""
@@ -322,23 +328,28 @@ class Store:
         self._remove = weakref.finalize(self, shutil.rmtree, self._folder, True)
         return self._folder
 
-    def onload(self) -> None:
-        """Read masters that rest in files into host RAM, and remember their files."""
+    def onload(self, placement: Placement) -> None:
+        """Bring masters to the onload placement, from files if they rest there."""
+        if placement.on_disk:
+            return
         waiting = [m for m in self.masters if m.location is not None]
-        total = sum(m.nbytes for m in waiting)
+        total = sum(m.location.nbytes for m in waiting if m.location is not None)
         with progress_bar("reading weights", total) as bar:
             for master in waiting:
-                if master.location is None:
-                    continue
                 master.reconcile()
-                self._mapped[id(master)] = (master.flat, master.location)
+                location = master.location
+                if location is None:
+                    continue  # it was written to: the values are in RAM already
+                self._mapped[id(master)] = (master.flat, location)
                 flat = torch.empty(master.count, dtype=master.flat.dtype)
                 master.read_into(flat.view(torch.uint8))
-                master.become(flat.to(_rest_dtype(master)), None)
-                bar.update(master.nbytes)
+                master.become(flat, None)
+                bar.update(location.nbytes)
+        for master in self.masters:
+            self._cast(master, placement.dtype)
 
-    def offload(self) -> None:
-        """Put masters that `onload` brought into RAM back on their files.
+    def offload(self, placement: Placement) -> None:
+        """Bring masters back to the offload placement.
 
         A master that was written to in the meantime goes into its file when the file
         is the library's own, and stays in RAM when it is the user's.
@@ -346,6 +357,8 @@ class Store:
         for master in self.masters:
             known = self._mapped.pop(id(master), None)
             if known is None:
+                if not placement.on_disk:
+                    self._cast(master, placement.dtype)
                 continue
             flat, location = known
             master.reconcile()
@@ -399,7 +412,3 @@ class Store:
 
 def _advance(bar: tqdm[Any], nbytes: int) -> None:
     bar.update(nbytes)
-
-
-def _rest_dtype(master: Master) -> torch.dtype:
-    return torch.uint8 if master.mixed else master.codec.rest

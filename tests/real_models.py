@@ -14,7 +14,14 @@ def gpt2() -> tuple[nn.Module, dict[str, Any]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=96, n_positions=32, n_embd=32, n_layer=3, n_head=4, use_cache=False
+        vocab_size=96,
+        n_positions=32,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return GPT2LMHeadModel(config).eval(), {"input_ids": _tokens(96)}
 

@@ -674,6 +674,7 @@ def some_tensors():
         "none": torch.empty(0, 3),
         "scalar": torch.tensor(3.5, dtype=torch.float64),
         "transposed": strided.t(),
+        **{f"{t} transposed": random_tensor(t, (3, 4)).t() for t in DTYPES},
         "third axis": random_tensor(torch.int16, (7, 6, 5)).permute(2, 0, 1),
         "every second": strided[::2, 1::3],
         "expanded": torch.arange(3).expand(100, 3),

@@ -165,17 +165,30 @@ def test_no_weight_is_read_before_its_layer_runs(
     detach(model)
 
 
-def test_every_pass_reads_what_streams_and_nothing_else(
-    tmp_path: Path, tiny: TinyModel, traffic: Traffic
-) -> None:
-    path = _save(tiny, tmp_path / "model.safetensors")
-    model = load_model(TinyModel, path, on_disk(tmp_path, limit_gb=None))
-    run(model, tokens())
-    after_one = traffic.bytes_read
-    buffers = sum(b.nbytes for b in model.buffers())
-    assert after_one <= nbytes(model) + buffers
-    run(model, tokens(1))
-    assert traffic.bytes_read == after_one, "a resident layer is never read again"
+def test_resident_layers_are_read_once(tmp_path: Path, traffic: Traffic) -> None:
+    plain = chain(32, 64, 32, 64, 32)
+    path = tmp_path / "model.safetensors"
+    save_file(plain.state_dict(), path)
+    policy = on_disk(tmp_path, limit_gb=None)
+    model = load_model(lambda: chain(32, 64, 32, 64, 32), path, policy)
+    for seed in range(3):
+        x = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed))
+        assert_same(run(model, x), expected(plain, x))
+        assert traffic.bytes_read == nbytes(plain)
+    detach(model)
+
+
+def test_embedding_table_is_looked_up_and_not_brought_in(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(20_000, 16), nn.Linear(16, 16)).eval()
+    x = torch.tensor([[0, 7, 19_999]])
+    wanted = expected(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path))
+    least = offload_plan(model).least_bytes
+    assert least < model[0].weight.nbytes / 100
+    for _ in range(3):
+        assert_same(run(model, x), wanted)
+    assert offload_stats(model).peak_bytes <= least
+    assert offload_stats(model).bytes_moved < model[0].weight.nbytes
     detach(model)
 
 
@@ -358,9 +371,9 @@ class Oddities(nn.Module):
         self.part = nn.Parameter(self.whole.data[5:15])
         self.alias = self.whole
         self.scalar = nn.Parameter(torch.tensor(3.5))
-        self.empty = nn.Parameter(torch.empty(0, 3))
-        self.half = nn.Parameter(torch.randn(7).bfloat16())
-        self.complex = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+        self.nothing = nn.Parameter(torch.empty(0, 3))
+        self.brain = nn.Parameter(torch.randn(7).bfloat16())
+        self.imaginary = nn.Parameter(torch.randn(5, dtype=torch.complex64))
         self.integer = nn.Parameter(torch.arange(9), requires_grad=False)
         self.truth = nn.Parameter(torch.tensor([True, False]), requires_grad=False)
         self.frozen = nn.Parameter(torch.randn(3), requires_grad=False)

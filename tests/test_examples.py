@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,3 +22,9 @@ def test_sentence_encoder_in_a_quarter_of_its_size_gives_the_same_embeddings() -
     )
     assert ended.returncode == 0, ended.stderr
     assert "embeddings identical to the plain model's: True" in ended.stdout
+    figures = re.search(
+        r"weights (\S+) MiB, limit (\S+) MiB, peak (\S+) MiB", ended.stdout
+    )
+    assert figures is not None, ended.stdout
+    weights, limit, peak = map(float, figures.groups())
+    assert peak <= limit < 0.26 * weights
