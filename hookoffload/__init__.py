@@ -13,13 +13,15 @@ from .attach import (
     offload_stats,
     offloaded,
     onload,
+    set_limit,
 )
 from .budget import BudgetExceededError
-from .checkpoint import CheckpointError
 from .loading import load_model
+from .placement import Placement
 from .plan import Plan
-from .policy import OffloadPolicy, Placement
+from .policy import OffloadPolicy
 from .report import OffloadStats
+from .safetensors_header import CheckpointError
 
 __all__ = [
     "BudgetExceededError",
@@ -36,4 +38,5 @@ __all__ = [
     "offload_stats",
     "offloaded",
     "onload",
+    "set_limit",
 ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checkpoint import TensorLocation
 from .codec import Codec, choose_codec, is_castable
 from .layer import Layer
 from .partition import Partition, SiteSketch, TensorGroup
 from .policy import ResolvedPolicy
+from .safetensors_file import TensorLocation
 from .store import Master
 
 

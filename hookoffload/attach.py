@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from .checkpoint import TensorLocation
 from .codec import is_movable
 from .policy import OffloadPolicy
+from .safetensors_file import TensorLocation
 from .session import Session
 from .state_hooks import session_of
 
@@ -172,6 +172,37 @@ def offload(model: nn.Module) -> None:
     session.require_idle("offload")
     try:
         session.offload()
+    finally:
+        session.leave_call()
+
+
+def set_limit(model: nn.Module, limit_gb: float | None) -> None:
+    """Give an attached model another limit, from its next forward on.
+
+    Few layers move: the residents of the smaller limit are among those of the larger.
+
+    Args:
+        model: an attached model.
+        limit_gb: in GiB; None is unlimited, 0 as little as possible.
+
+    Raises:
+        ValueError: The limit is not a number, or negative.
+        BudgetExceededError: It is below the least that the model needs; the old limit
+            stands.
+        RuntimeError: The model is not attached, or is running.
+
+    Example:
+        >>> model = attach_offload_hooks(torch.nn.Linear(2, 2))
+        >>> set_limit(model, 1.5)
+        >>> offload_stats(model).limit_bytes / 2**30
+        1.5
+        >>> model = detach(model)
+    """
+    limit = OffloadPolicy(limit_gb=limit_gb).resolve().limit_bytes
+    session = _session(model, "set_limit")
+    session.require_idle("set_limit")
+    try:
+        session.set_limit(limit)
     finally:
         session.leave_call()
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from .calls import count_calls
 from .layer import Layer
+from .partition import needs_outside_hooks
 
 if TYPE_CHECKING:
     from .session import Session
@@ -130,6 +133,16 @@ class Site:
             session.leave_call()
         return kept
 
+    def finish(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        """Do what there is to do behind a forward."""
+        return self.post(module, args, output)
+
     def forget_calls(self) -> None:
         """Start anew after an interrupted call."""
         self.active = 0
@@ -171,7 +184,7 @@ class GatherSite(Site):
             ),
             # In front of the user's hooks, which must see the true rows.
             self.module.register_forward_hook(
-                self.gather, prepend=True, with_kwargs=True, always_call=True
+                self.finish, prepend=True, with_kwargs=True, always_call=True
             ),
         ]
 
@@ -202,7 +215,7 @@ class GatherSite(Site):
             return session.to_compute_device((args, kwargs))  # type: ignore[no-any-return]
         return None
 
-    def gather(
+    def finish(
         self,
         module: nn.Module,
         args: tuple[Any, ...],
@@ -235,25 +248,46 @@ class GatherSite(Site):
 
 
 class OutsideHooks:
-    """PyTorch's global module hooks, for sites that may not have hooks of their own."""
+    """PyTorch's global module hooks, for modules that may not have hooks of their own.
+
+    They exist for as long as such a module is attached, and look at one dictionary
+    for every module that is called anywhere.
+    """
 
     __slots__ = ("_sites",)
 
-    def __init__(self, sites: dict[int, Site]) -> None:
+    def __init__(self, sites: Mapping[int, Site | RootHooks]) -> None:
         self._sites = sites
 
-    def pre(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Call the pre hook of the module's site, if it has one."""
+    def register(self) -> list[RemovableHandle]:
+        """Register with PyTorch; returns the handles that undo it."""
+        return [
+            torch_module.register_module_forward_pre_hook(self._pre),
+            torch_module.register_module_forward_hook(
+                self._post, with_kwargs=True, always_call=True
+            ),
+        ]
+
+    def _pre(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         site = self._sites.get(id(module))
         if site is None:
             return None
         moved = site.pre(module, args, {})
         return None if moved is None else moved[0]
 
-    def post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Call the post hook of the module's site, if it has one."""
+    def _post(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        *rest: Any,  # (kwargs, output), and (output,) behind an exception
+    ) -> Any:
         site = self._sites.get(id(module))
-        return None if site is None else site.post(module, args, output)
+        if site is None:
+            return None
+        kwargs = rest[0] if len(rest) > 1 else {}
+        if isinstance(site, RootHooks):
+            return site.post(module, args, kwargs, rest[-1])
+        return site.finish(module, args, kwargs, rest[-1])
 
 
 def can_gather(module: nn.Module) -> bool:
@@ -266,23 +300,35 @@ def can_gather(module: nn.Module) -> bool:
 
 
 class RootHooks:
-    """The pair of hooks on the root: passes begin and end here."""
+    """The pair of hooks on the root: passes begin and end here.
 
-    __slots__ = ("_handles", "active", "module", "session")
+    They also do the work of the root's own site. So the root's hooks stay the same
+    from attach to detach, whatever becomes of the sites: PyTorch iterates over them
+    while they run, and behind an exception it does so without a copy.
+    """
+
+    __slots__ = ("_handles", "_sites", "active", "module", "session")
 
     def __init__(self, session: Session, module: nn.Module) -> None:
         self.session = session
         self.module = module
         self.active = 0
+        self._sites: list[Site | None] = []  # of the calls under way
         self._handles: list[RemovableHandle] = []
 
     def register(self) -> None:
-        """Hang the hooks on the root, around those of its own site."""
+        """Hang the hooks on the root."""
+        if needs_outside_hooks(self.module):
+            outside = OutsideHooks({id(self.module): self})
+            self._handles = outside.register()
+            return
         self._handles = [
             self.module.register_forward_pre_hook(
                 self.pre, prepend=True, with_kwargs=True
             ),
-            self.module.register_forward_hook(self.post, always_call=True),
+            self.module.register_forward_hook(
+                self.post, with_kwargs=True, always_call=True
+            ),
         ]
 
     def remove(self) -> None:
@@ -291,10 +337,15 @@ class RootHooks:
             handle.remove()
         self._handles = []
 
+    def forget_calls(self) -> None:
+        """Start anew after an interrupted call."""
+        self.active = 0
+        self._sites = []
+
     def pre(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Begin a pass."""
+        """Begin a pass, bind the root's own layers."""
         session = self.session
         if module is not self.module:
             raise RuntimeError(
@@ -306,27 +357,53 @@ class RootHooks:
         if self.active and count_calls(module) <= self.active:
             session.recover()
             session.enter_call()
+        outermost = session.calls.depth == 1
         self.active += 1
-        if session.calls.depth > 1:
-            return None
+        begun = False
         try:
-            return session.begin_pass(args, kwargs)
+            inputs = None
+            if outermost:
+                inputs = session.begin_pass(args, kwargs)
+                begun = True
+            site = session.root_site
+            if site is not None:
+                site.pre(module, args, kwargs)
+            self._sites.append(site)
         except BaseException:
             self.active -= 1
+            if begun:
+                session.end_pass(complete=False)
             session.leave_call()
             raise
+        return inputs
 
-    def post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End the pass."""
+    def post(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        """Release the root's own layers, end the pass."""
         if module is not self.module or self.active == 0:
-            return
+            return None
         failed = sys.exc_info()[0] is not None
         if failed and count_calls(module) > self.active:
-            return  # this call's own pre hook failed
-        self.active -= 1
+            return None  # this call's own pre hook failed
         session = self.session
+        kept = None
         try:
-            if session.calls.depth == 1:
-                session.end_pass(complete=not (failed and output is None))
+            site = self._sites.pop()
+            if site is not None:
+                kept = site.finish(module, args, kwargs, output)
+        except BaseException:
+            failed, output = True, None
+            raise
         finally:
-            session.leave_call()
+            self.active -= 1
+            try:
+                if session.calls.depth == 1:
+                    session.end_pass(complete=not (failed and output is None))
+            finally:
+                session.leave_call()
+        return kept

@@ -14,9 +14,11 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from .attach import _attach
-from .checkpoint import CheckpointError, TensorLocation, open_checkpoint
+from .checkpoint import open_checkpoint
 from .policy import OffloadPolicy
 from .progress import progress_bar
+from .safetensors_file import TensorLocation
+from .safetensors_header import CheckpointError
 
 logger = logging.getLogger(__name__)
 

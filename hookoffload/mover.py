@@ -68,6 +68,7 @@ class LayerMover:
         self._stack = RegionStack(0)
         self._scratch_block: Block | None = None
         self._scratch = RegionStack(0)
+        self.reached_bytes = 0  # taken when `apply` last ran out of memory
         self._under_way = 0  # bytes of residents whose copy nobody has waited for
 
     # -- plan -----------------------------------------------------------------------
@@ -98,6 +99,7 @@ class LayerMover:
                     layer.resident = self._residence(layer)
                     layer.copied_revision = -1
         except BaseException:
+            self.reached_bytes = self.memory.budget.used
             self.drop_all()
             raise
         self.engine.fence()

@@ -164,7 +164,7 @@ def partition(
             layer_of.update((id(g), index) for g in fresh)
             used.insert(0, index)
         if used:
-            outside = isinstance(entry.module, nn.TransformerEncoderLayer)
+            outside = needs_outside_hooks(entry.module)
             indices = list(dict.fromkeys(used))
             site = SiteSketch(name, entry.module, indices, entry.atomic, outside)
             sites.append(site)
@@ -313,6 +313,15 @@ _READ_THEIR_CHILDREN = (
     nn.TransformerEncoderLayer,
     torch.jit.ScriptModule,
 )
+
+
+def needs_outside_hooks(module: nn.Module) -> bool:
+    """Tell whether hooks on a module would change what it computes.
+
+    A transformer encoder layer takes its fused path only if no module in its subtree
+    has a hook, and the two paths differ in the last bits.
+    """
+    return isinstance(module, nn.TransformerEncoderLayer)
 
 
 def _unique(groups: list[TensorGroup]) -> list[TensorGroup]:

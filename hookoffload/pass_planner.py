@@ -47,6 +47,7 @@ class PassPlanner:
         self._size = -1  # input elements of the largest pass so far
         self._measuring = False
         self._warned = False
+        self._ceiling: int | None = None  # what was found to fit, below the limit
         self.peak_bytes = 0
         self.plan: Plan
 
@@ -77,7 +78,7 @@ class PassPlanner:
         Args:
             input_elements: how many elements the tensors among the inputs have.
         """
-        limit = self._policy.limit_bytes
+        limit = self._limit
         if not limit or not self._memory.measures_peak:
             return self.plan
         if self._activations is None or input_elements > self._size:
@@ -111,6 +112,54 @@ class PassPlanner:
             self._activations = max(self._activations or 0, beside)
             self._warn(peak, beside, limit)
 
+    def set_limit(self, policy: ResolvedPolicy) -> None:
+        """Plan for another limit.
+
+        Raises:
+            BudgetExceededError: It is below the least; the old limit stands.
+        """
+        before = (self._policy, self._ceiling)
+        self._policy, self._ceiling = policy, None
+        try:
+            self.plan = self.make(self._activations or 0)
+        except BudgetExceededError:
+            self._policy, self._ceiling = before
+            raise
+        self._warned = False
+
+    def step_down(self, taken: int) -> bool:
+        """Plan for less, because the device ran out of memory.
+
+        Args:
+            taken: bytes of the library that there was room for.
+
+        Returns:
+            Whether there is anything left to give up.
+        """
+        least = self.plan.least_bytes
+        if self.plan.total_bytes <= least and not self.plan.resident:
+            return False
+        beside = self.plan.activation_bytes
+        self._ceiling = max(taken + beside, least)
+        before = self.plan
+        self.plan = self.make(beside)
+        logger.warning(
+            "the device is out of memory: %s of weights stay on it instead of %s. "
+            "Other programs take the rest; limit_gb=%.3g would ask for no more",
+            format_gib(self.plan.resident_bytes),
+            format_gib(before.resident_bytes),
+            self._ceiling / 2**30,
+        )
+        return True
+
+    @property
+    def _limit(self) -> int | None:
+        """The limit of the policy, or less if less was found to be there."""
+        limit = self._policy.limit_bytes
+        if self._ceiling is None or limit == 0:
+            return limit
+        return self._ceiling if limit is None else min(limit, self._ceiling)
+
     def make(self, activations: int, *, keep_residents: bool = True) -> Plan:
         """Plan for so many bytes of activations.
 
@@ -126,12 +175,12 @@ class PassPlanner:
                 whole = None  # all but the casts would fit
             if whole is not None and whole.resident == moving:
                 return whole
-        if self._onload_on_device and self._policy.limit_bytes:
+        if self._onload_on_device and self._limit:
             raise BudgetExceededError(
                 f"onload=Placement(device={str(self._policy.onload.device)!r}) keeps "
                 "the whole model on the compute device, "
                 f"{format_gib(self._whole_bytes(assembly))}, which limit_gb="
-                f"{self._policy.limit_bytes / 2**30:g} does not allow. Onload to "
+                f"{self._limit / 2**30:g} does not allow. Onload to "
                 '"cpu" or "disk", or raise limit_gb'
             )
         used = moving - self._looked_up
@@ -147,12 +196,12 @@ class PassPlanner:
         *,
         keep_residents: bool = True,
     ) -> Plan:
-        on_device = self._onload_on_device and self._policy.limit_bytes == 0
+        on_device = self._onload_on_device and self._limit == 0
         return make_plan(
             [_spec(layer, used=layer.index in used) for layer in assembly.layers],
             order=[index for index in self._order if index in used],
             chains=[tuple(i for i in c if i in used) for c in assembly.chains],
-            limit_bytes=None if on_device else self._policy.limit_bytes,
+            limit_bytes=None if on_device else self._limit,
             always_bytes=assembly.always.resident_bytes,
             activation_bytes=activations,
             keep_residents=keep_residents,
@@ -161,7 +210,7 @@ class PassPlanner:
     def _fits_whole(self, assembly: Assembly, activations: int) -> bool:
         if not all(assembly.layers[index].can_stay for index in assembly.moving):
             return False
-        limit = self._policy.limit_bytes
+        limit = self._limit
         return limit is None or self._whole_bytes(assembly) + activations <= limit
 
     @staticmethod

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import math
-import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,65 +13,24 @@ from typing import Any, Literal
 import torch
 
 from .module_map import ModuleMap
+from .placement import (
+    BYTES_PER_GIB,
+    CPU,
+    DEVICE_KINDS,
+    Place,
+    Placement,
+    checked_device,
+    checked_dtype,
+    checked_limit,
+    checked_place,
+    default_device,
+    distance,
+    may_be_same,
+    present_device,
+)
 
-BYTES_PER_GIB = 2**30
-
-_Place = torch.device | Literal["disk"]
-
-_CPU = torch.device("cpu")
-_DEVICE_KINDS = "cpu, cuda, xpu, mps, npu, hpu, mtia"
 _STATES = ("offload", "onload", "preparing", "computation")
 _SEED_KEYS = [f"{state}_{what}" for state in _STATES for what in ("dtype", "device")]
-# torch counts these as floating, but no cast carries a weight over: one packs two
-# values into an element, the other is an exponent without a sign.
-_NOT_CASTABLE = ("torch.float4_e2m1fn_x2", "torch.float8_e8m0fnu")
-
-
-@dataclass(frozen=True, kw_only=True, init=False)
-class Placement:
-    """Where a layer's bytes lie in one of its states, and as what.
-
-    Attributes:
-        device: A device, "disk", or None where nothing is said (the policy fills it
-            in). The CPU is kept without an index.
-        dtype: The dtype of floating tensors; other tensors keep theirs. None is each
-            tensor's own dtype. On disk, it is that of the bytes in the file.
-
-    Example:
-        >>> Placement(dtype="disk")
-        Placement(device='disk', dtype=None)
-    """
-
-    device: torch.device | Literal["disk"] | None
-    dtype: torch.dtype | None
-
-    def __init__(
-        self,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-    ) -> None:
-        """Checks and normalises both.
-
-        Args:
-            device: A device or "disk"; None says nothing.
-            dtype: A floating dtype; None is each tensor's own. The word "disk" puts
-                the placement on disk, whatever `device` says.
-
-        Raises:
-            ValueError: The device or the dtype cannot hold weights.
-        """
-        place = _checked_place("device", device)
-        if dtype == "disk":
-            place, dtype = "disk", None
-        # Frozen: there is no other way to set a field.
-        object.__setattr__(self, "device", place)
-        object.__setattr__(self, "dtype", _checked_dtype("dtype", dtype, disk=True))
-
-    @property
-    def on_disk(self) -> bool:
-        """Whether the bytes lie in a file."""
-        return self.device == "disk"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +125,14 @@ class OffloadPolicy:
     def __post_init__(self) -> None:
         """Checks every field, then the fields against each other."""
         normal: dict[str, Any] = {
-            "limit_gb": _checked_limit("limit_gb", self.limit_gb),
-            "compute_device": _checked_device("compute_device", self.compute_device),
-            "pin_limit_gb": _checked_limit("pin_limit_gb", self.pin_limit_gb),
+            "limit_gb": checked_limit("limit_gb", self.limit_gb),
+            "compute_device": checked_device("compute_device", self.compute_device),
+            "pin_limit_gb": checked_limit("pin_limit_gb", self.pin_limit_gb),
         }
         if not isinstance(self.debug, bool):
             raise ValueError(f"debug={self.debug!r} must be True or False")
-        _checked_dtype("compute_dtype", self.compute_dtype)
-        _checked_dtype("storage_dtype", self.storage_dtype)
+        checked_dtype("compute_dtype", self.compute_dtype)
+        checked_dtype("storage_dtype", self.storage_dtype)
         if self.store not in (None, "cpu", "disk"):
             raise ValueError(f"store={self.store!r} is unknown; use 'cpu' or 'disk'")
         _check_folder(self.disk_dir)
@@ -192,7 +148,7 @@ class OffloadPolicy:
         if self.computation is not None and self.computation.on_disk:
             raise ValueError(
                 f"computation={self.computation!r} is on disk, and nothing computes "
-                f"there; known kinds of devices: {_DEVICE_KINDS}"
+                f"there; known kinds of devices: {DEVICE_KINDS}"
             )
         for name, value in normal.items():
             object.__setattr__(self, name, value)
@@ -241,27 +197,27 @@ class OffloadPolicy:
                     f"use one of {', '.join(near or _SEED_KEYS)}"
                 )
         values = dict.fromkeys(_SEED_KEYS) | dict(vram_config)
-        main_dtype = _checked_dtype(
+        main_dtype = checked_dtype(
             "vram_config['computation_dtype']", values["computation_dtype"]
         )
-        main_device = _checked_device(
+        main_device = checked_device(
             "vram_config['computation_device']", values["computation_device"]
         )
-        main_device = main_device or _default_device()
+        main_device = main_device or default_device()
         placements = {}
         for state in _STATES[:-1]:
             key = f"{state}_device"
-            device = _checked_place(f"vram_config[{key!r}]", values[key])
+            device = checked_place(f"vram_config[{key!r}]", values[key])
             key = f"{state}_dtype"
             dtype = values[key]
             if dtype == "disk":
                 device, dtype = "disk", None
-            dtype = _checked_dtype(f"vram_config[{key!r}]", dtype, disk=True)
+            dtype = checked_dtype(f"vram_config[{key!r}]", dtype, disk=True)
             if device != "disk":
                 dtype = dtype or main_dtype
             placements[state] = Placement(device=device or main_device, dtype=dtype)
         return cls(
-            limit_gb=_checked_limit("vram_limit", vram_limit),
+            limit_gb=checked_limit("vram_limit", vram_limit),
             module_map=module_map,
             offload=placements["offload"],
             onload=placements["onload"],
@@ -276,15 +232,15 @@ class OffloadPolicy:
             ValueError: This machine has no such device, the default device contradicts
                 a placement, or `disk_dir` is a file.
         """
-        wanted = self._said_compute_device() or _default_device()
-        compute = _present_device(self._compute_field(), wanted)
+        wanted = self._said_compute_device() or default_device()
+        compute = present_device(self._compute_field(), wanted)
         offload, onload, preparing = self._placements(compute)
         folder = None if self.disk_dir is None else Path(self.disk_dir).expanduser()
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"disk_dir={str(folder)!r} is not a folder")
         limit, pinned = self.limit_gb, self.pin_limit_gb
         return ResolvedPolicy(
-            limit_bytes=None if limit is None else int(Fraction(limit) * BYTES_PER_GIB),
+            limit_bytes=None if limit is None else _to_bytes(limit),
             compute_device=compute,
             compute_dtype=self._said_dtype("compute_dtype", "computation"),
             offload=offload,
@@ -292,15 +248,15 @@ class OffloadPolicy:
             preparing=None if preparing.on_disk else preparing,
             disk_dir=folder,
             module_map=ModuleMap(self.module_map),
-            pin_limit_bytes=None if pinned is None else int(pinned * BYTES_PER_GIB),
+            pin_limit_bytes=None if pinned is None else _to_bytes(pinned),
         )
 
     def _placements(
         self, compute: torch.device | None
     ) -> tuple[Placement, Placement, Placement]:
         """Returns offload, onload and preparing, checked against each other."""
-        offload: _Place | None
-        onload: _Place | None
+        offload: Place | None
+        onload: Place | None
         offload, onload = self._storage_devices()
         offload_dtype = self._said_dtype("storage_dtype", "offload")
         onload_dtype = self._said_dtype("storage_dtype", "onload") or offload_dtype
@@ -321,12 +277,12 @@ class OffloadPolicy:
             Placement(device=resident, dtype=preparing.dtype),
         )
 
-    def _storage_devices(self) -> tuple[_Place, _Place]:
+    def _storage_devices(self) -> tuple[Place, Place]:
         """Returns where a layer rests and where it waits."""
-        said: list[_Place | None] = []
+        said: list[Place | None] = []
         for state, placement in (("offload", self.offload), ("onload", self.onload)):
             device = None if placement is None else placement.device
-            store = _checked_place("store", self.store)
+            store = checked_place("store", self.store)
             if None not in (device, store) and device != store:
                 raise ValueError(
                     f"store={self.store!r} contradicts {state}.device={str(device)!r}; "
@@ -335,10 +291,10 @@ class OffloadPolicy:
             said.append(device or store)
         offload, onload = said
         if offload is None:
-            offload = "disk" if onload == "disk" else _CPU
+            offload = "disk" if onload == "disk" else CPU
         if onload is None:
-            onload = _CPU if offload == "disk" else offload
-        if _distance(onload) > _distance(offload):
+            onload = CPU if offload == "disk" else offload
+        if distance(onload) > distance(offload):
             raise ValueError(
                 f"onload.device={str(onload)!r} is further away than "
                 f"offload.device={str(offload)!r}, but a layer cannot wait further "
@@ -353,14 +309,14 @@ class OffloadPolicy:
         return offload, onload
 
     def _settled(
-        self, state: str, device: _Place | None, compute: torch.device | None
-    ) -> _Place | None:
+        self, state: str, device: Place | None, compute: torch.device | None
+    ) -> Place | None:
         """Returns a state's device in full, as far as the compute device is known."""
         if compute is None or device == "disk":
             return device
-        if device is None or (device != _CPU and _may_be_same(device, compute)):
+        if device is None or (device != CPU and may_be_same(device, compute)):
             return compute
-        if device == _CPU and (state != "preparing" or compute == _CPU):
+        if device == CPU and (state != "preparing" or compute == CPU):
             return device
         field, name = self._compute_field(), str(compute)
         raise ValueError(
@@ -375,13 +331,13 @@ class OffloadPolicy:
         return "computation.device"
 
     def _said_compute_device(self) -> torch.device | None:
-        short = _checked_device("compute_device", self.compute_device)
+        short = checked_device("compute_device", self.compute_device)
         long = None
         if self.computation is not None:
-            long = _checked_device("computation.device", self.computation.device)
+            long = checked_device("computation.device", self.computation.device)
         if short is None or long is None:
             return short or long
-        if not _may_be_same(short, long):
+        if not may_be_same(short, long):
             raise ValueError(
                 f"compute_device={str(short)!r} contradicts "
                 f"computation.device={str(long)!r}; give one of them"
@@ -400,64 +356,6 @@ class OffloadPolicy:
         return long if short is None else short
 
 
-def _checked_limit(field: str, value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        try:
-            limit = float(value)
-        except OverflowError:
-            limit = math.inf
-        # In bytes it must be finite as well.
-        if limit >= 0 and math.isfinite(limit * BYTES_PER_GIB):
-            return limit
-    raise ValueError(
-        f"{field}={value!r} is not a number of GiB; use None (unlimited), 0 (as little "
-        "as possible) or a positive number such as 2.5"
-    )
-
-
-def _checked_place(field: str, value: object) -> _Place | None:
-    return "disk" if value == "disk" else _checked_device(field, value, disk=True)
-
-
-def _checked_device(
-    field: str, value: object, *, disk: bool = False
-) -> torch.device | None:
-    """Returns a value as a device; `disk` only adds that word to the error."""
-    if value is None:
-        return None
-    if isinstance(value, str | torch.device):
-        with contextlib.suppress(RuntimeError):
-            device = torch.device(value)
-            # Meta tensors have no bytes to bring in.
-            if device.type != "meta":
-                return _CPU if device.type == "cpu" else device
-    raise ValueError(
-        f"{field}={value!r} is no device that can be used here; give its kind, and "
-        "its index if there are several, such as 'cuda:1' (known kinds: "
-        f"{_DEVICE_KINDS}{', disk' if disk else ''})"
-    )
-
-
-def _checked_dtype(
-    field: str, value: object, *, disk: bool = False
-) -> torch.dtype | None:
-    """Returns a value as a dtype; `disk` only adds that word to the error."""
-    if value is None:
-        return None
-    if (
-        isinstance(value, torch.dtype)
-        and value.is_floating_point
-        and str(value) not in _NOT_CASTABLE
-    ):
-        return value
-    raise ValueError(
-        f"{field}={value!r} is no dtype that weights can be cast to; use a floating "
-        f"one such as torch.bfloat16{', the word disk' if disk else ''} or None"
-    )
-
-
 def _check_folder(value: object) -> None:
     if value is None:
         return
@@ -467,55 +365,6 @@ def _check_folder(value: object) -> None:
         raise ValueError(f"disk_dir={value!r} is not the path of a folder")
 
 
-def _distance(place: _Place) -> int:
-    """Returns how far a place is from where layers compute."""
-    if place == "disk":
-        return 2
-    return 1 if place == _CPU else 0
-
-
-def _may_be_same(one: _Place, other: torch.device) -> bool:
-    """Returns whether two devices are one; without an index any of its kind fits."""
-    if isinstance(one, str) or one.type != other.type:
-        return False
-    return one.index is None or other.index is None or one.index == other.index
-
-
-def _default_device() -> torch.device:
-    accelerator = _accelerator()
-    return _CPU if accelerator is None else torch.device(accelerator.type)
-
-
-def _accelerator() -> torch.device | None:
-    # Some versions name an accelerator that they were built for and that is not there.
-    if not torch.accelerator.is_available():
-        return None
-    return torch.accelerator.current_accelerator()
-
-
-def _present_device(field: str, wanted: torch.device) -> torch.device:
-    """Returns a device with its index, or raises if this machine has none such."""
-    if wanted == _CPU:
-        return _CPU
-    accelerator = _accelerator()
-    present: list[torch.device] = []
-    if accelerator is not None:
-        present = [
-            torch.device(accelerator.type, index)
-            for index in range(torch.accelerator.device_count())
-        ]
-        if wanted == torch.device(accelerator.type):
-            wanted = torch.device(accelerator.type, _current_index())
-    if wanted in present:
-        return wanted
-    available = ", ".join(str(device) for device in [*present, _CPU])
-    raise ValueError(
-        f"{field}={str(wanted)!r} but this machine has no such device; "
-        f"available: {available}"
-    )
-
-
-def _current_index() -> int:
-    # The first releases that this supports have it under its older name only.
-    current = getattr(torch.accelerator, "current_device_index", None)
-    return int((current or torch.accelerator.current_device_idx)())
+def _to_bytes(gib: float) -> int:
+    """Return GiB as bytes; what is above zero stays above zero."""
+    return max(int(Fraction(gib) * BYTES_PER_GIB), int(gib > 0))

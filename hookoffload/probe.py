@@ -94,6 +94,8 @@ class Probe(TorchFunctionMode):
         sites = {id(site.module): site for site in self._session.sites}
         for name, module in self._session.model.named_modules():
             site = sites.get(id(module))
+            if module is self._session.model:
+                continue  # it is at the bottom of the stack
             if site is not None or self._inside_atomic(module):
                 continue
             user = _User(self, name, module)

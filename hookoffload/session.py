@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from .assembly import Assembly, assemble
 from .budget import BudgetExceededError, MemoryBudget
 from .calls import CallTracker
-from .checkpoint import TensorLocation
 from .containers import map_tensors, tensors_in
 from .hooks import GatherSite, OutsideHooks, RootHooks, Site, can_gather
 from .layer import Layer
@@ -22,10 +22,12 @@ from .mover import LayerMover
 from .partition import Partition, SiteSketch, partition
 from .pass_planner import PassPlanner
 from .pinning import PageLock
+from .placement import Placement
 from .plan import Plan
-from .policy import Placement, ResolvedPolicy
+from .policy import ResolvedPolicy
 from .probe import Probe
 from .report import OffloadStats
+from .safetensors_file import TensorLocation
 from .state_hooks import StateHooks
 from .store import Master, Store
 
@@ -70,6 +72,7 @@ class Session:
         self.probe: Probe | None = None
         self.onloaded = False
         self.sites: list[Site] = []
+        self.root_site: Site | None = None
         self.layers: list[Layer]
         self.always: Layer
         self.inside_atomic: frozenset[int]
@@ -77,7 +80,7 @@ class Session:
         self._masters: dict[int, Master] = {}
         self._joined: list[tuple[str, str]] = []
         self._stand_in: torch.Tensor | None = None
-        self._global_handles: list[RemovableHandle] = []
+        self._outside_handles: list[RemovableHandle] = []
         self._hooks_hang = False
         self._probe_next = True
         self._autocast_cache = True
@@ -109,6 +112,7 @@ class Session:
         looked_up = frozenset(assembly.moving - moved)
         self.planner.set_assembly(assembly, predicted, looked_up)
         self.sites = sites
+        self.root_site = next((s for s in sites if s.module is self.model), None)
         self.layers = assembly.layers
         self.always = assembly.always
         self.inside_atomic = assembly.inside_atomic
@@ -157,6 +161,7 @@ class Session:
             self.store.adopt(self.store.masters, policy.offload)
             if self._waits_where_it_rests:
                 self._page_lock.lock(self.store.masters)
+            self.root.register()
             self.register_hooks()
             self.state_hooks.register()
         except BaseException:
@@ -182,34 +187,26 @@ class Session:
             self.onloaded = False
 
     def register_hooks(self) -> None:
-        """Hang the hooks on the root and on every site.
-
-        A transformer encoder layer takes its fused path only if no module in its
-        subtree has a hook, and the two paths differ in the last bits. Its site is
-        called from PyTorch's global module hooks, which exist for as long as a model
-        with such a layer is attached.
-        """
+        """Hang the hooks on every site but the root's, which `RootHooks` serves."""
         for site in self.sites:
-            site.register()
-        outside = {id(site.module): site for site in self.sites if site.outside}
-        if outside and not self._global_handles:
-            hooks = OutsideHooks(outside)
-            self._global_handles = [
-                torch_module.register_module_forward_pre_hook(hooks.pre),
-                torch_module.register_module_forward_hook(hooks.post, always_call=True),
-            ]
-        # Last, so that its prepended pre hook runs before that of the root's own site.
-        self.root.remove()
-        self.root.register()
+            if site is not self.root_site:
+                site.register()
+        outside = {
+            id(site.module): site
+            for site in self.sites
+            if site.outside and site is not self.root_site
+        }
+        if outside and not self._outside_handles:
+            self._outside_handles = OutsideHooks(outside).register()
         self._hooks_hang = True
 
     def remove_hooks(self) -> None:
         """Take the hooks off every site; those of the root stay."""
         for site in self.sites:
             site.remove()
-        for handle in self._global_handles:
+        for handle in self._outside_handles:
             handle.remove()
-        self._global_handles = []
+        self._outside_handles = []
         self._hooks_hang = False
 
     # -- calls ----------------------------------------------------------------------
@@ -235,7 +232,7 @@ class Session:
             self.probe = None
         for site in self.sites:
             site.forget_calls()
-        self.root.active = 0
+        self.root.forget_calls()
         self.mover.drop_all()
         self.mover.order.end_pass(complete=False)
         self._probe_next = True
@@ -267,7 +264,7 @@ class Session:
             self._take_over_replaced()
         self.onload()
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
-        self.mover.apply(self.planner.for_pass(size))
+        self._apply(self.planner.for_pass(size))
         if not self._hooks_hang and not self.all_stay:
             self.register_hooks()
         if self._probe_next and self.sites:
@@ -291,16 +288,47 @@ class Session:
         if self.probe is not None:
             joined = self.probe.end()
             self.probe = None
+        error = sys.exc_info()[1]
+        if not complete and isinstance(error, torch.OutOfMemoryError):
+            # The next call must find more: half of what the residents took.
+            half = self.plan.resident_bytes // 2
+            self.planner.step_down(self.plan.total_bytes - half)
         # A tensor may be used sideways on a path that this pass did not take: look
         # again after an exception, which may come from just that.
         self._probe_next = not complete
         self.mover.order.end_pass(complete)
         self.mover.counters.forwards += complete
         self.planner.after_pass(complete=complete)
-        if joined:
+        if joined and complete:
             self._join(joined)
-        if self.all_stay and self._hooks_hang:
+        if complete and self.all_stay and self._hooks_hang:
             self.remove_hooks()
+
+    def _apply(self, plan: Plan) -> None:
+        """Make memory what the plan says, or less where the device has less."""
+        while True:
+            try:
+                self.mover.apply(plan)
+                return
+            except torch.OutOfMemoryError:
+                # Nine tenths: the forward needs something too.
+                if not self.planner.step_down(self.mover.reached_bytes * 9 // 10):
+                    raise
+                plan = self.planner.plan
+
+    def set_limit(self, limit_bytes: int | None) -> None:
+        """Keep another limit from the next pass on.
+
+        Raises:
+            BudgetExceededError: It is below the least; the old limit stands.
+        """
+        policy = replace(self.policy, limit_bytes=limit_bytes)
+        self.planner.set_limit(policy)
+        self.policy = policy
+        self.budget.set_limit(limit_bytes or None)
+        self.register_hooks()
+        if limit_bytes and self.budget.used > limit_bytes:
+            self.mover.apply(self.plan)  # give the memory back now
 
     @property
     def all_stay(self) -> bool:
@@ -437,7 +465,7 @@ class Session:
             if not self.onloaded:  # a submodule is called, and the root never was
                 self.onload()
             if self.mover.plan is None:
-                self.mover.apply(self.plan)
+                self._apply(self.plan)
             self.mover.bind(layer)
 
     def release(self, layer: Layer) -> None:

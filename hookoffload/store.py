@@ -30,11 +30,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .checkpoint import CheckpointError, TensorLocation, write_spill_file
 from .codec import Codec, is_castable
 from .partition import ManagedTensor, TensorGroup
-from .policy import Placement
+from .placement import Placement
 from .progress import progress_bar
+from .safetensors_file import TensorLocation
+from .safetensors_header import CheckpointError
+from .spill_file import write_spill_file
 
 logger = logging.getLogger(__name__)
 

@@ -87,7 +87,10 @@ def expected(model: nn.Module, *inputs: torch.Tensor) -> Any:
 
 
 def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
-    assert same_bits(one, other), f"{one} is not {other}"
+    assert (one.dtype, one.shape) == (other.dtype, other.shape)
+    if not same_bits(one, other):
+        far = (one.to(other) - other).abs().max() if one.numel() else 0
+        raise AssertionError(f"values differ by up to {far}")
 
 
 def nbytes(model: nn.Module) -> int:

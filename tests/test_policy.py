@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hookoffload.module_map import ModuleMap
-from hookoffload.policy import BYTES_PER_GIB, OffloadPolicy, Placement
+from hookoffload.placement import BYTES_PER_GIB, Placement
+from hookoffload.policy import OffloadPolicy
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32, FP8 = (

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
-import threading
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from hookoffload import (
     BudgetExceededError,
@@ -19,10 +20,23 @@ from hookoffload import (
     Placement,
     attach_offload_hooks,
     detach,
+    offload,
     offload_stats,
+    onload,
 )
 from tests.model_trees import Printed, Spec, build
-from tests.tree_modules import unpack
+from tests.traces import Traces, assert_same_output, same_bits, tensors_of
+from tests.tree_modules import (
+    VOCABULARY,
+    WIDTH,
+    Block,
+    Boom,
+    Control,
+    Node,
+    Sideways,
+    Stop,
+    unpack,
+)
 
 Device = Literal["cpu", "disk"]
 
@@ -109,152 +123,466 @@ def _dtype(name: str) -> torch.dtype | None:
     return getattr(torch, name) if name else None
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Returns each parameter and buffer once, under its first name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+@dataclass(frozen=True, repr=False)
+class Forward(Printed):
+    """One forward.
 
-
-def cast_tied(
-    model: nn.Module, dtype_of: Callable[[Tensor], torch.dtype]
-) -> None:
-    """Casts a model's plain floating tensors; those that share memory go on sharing."""
-    groups: dict[int, list[Tensor]] = {}
-    for tensor in tensors_of(model).values():
-        if tensor.dtype.is_floating_point:
-            groups.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
-    for group in groups.values():
-        (dtype,) = {dtype_of(tensor) for tensor in group}
-        (own,) = {tensor.dtype for tensor in group}
-        if dtype == own:
-            continue
-        storage = group[0].untyped_storage()
-        flat = torch.empty(0, dtype=own).set_(storage)  # type: ignore[call-overload]
-        flat = flat.to(dtype)
-        for tensor in group:
-            place = (tensor.shape, tensor.stride(), tensor.storage_offset())
-            tensor.data = flat.as_strided(*place)
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Tells whether two tensors have the same dtype, shape and bits."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    flat, flat_other = (
-        t.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
-        for t in (one, other)
-    )
-    return torch.equal(flat, flat_other)
-
-
-def assert_same_output(one: Any, other: Any, what: str) -> None:
-    """Compares what two forwards returned: containers, tensors, bits."""
-    assert type(one) is type(other) or (
-        isinstance(one, Tensor) and isinstance(other, Tensor)
-    ), f"{what}: {type(one).__name__} instead of {type(other).__name__}"
-    (x, more), (expected, expected_more) = unpack(one), unpack(other)
-    assert len(more) == len(expected_more), what
-    pairs = zip([x, *more], [expected, *expected_more], strict=True)
-    for index, (value, reference) in enumerate(pairs):
-        assert same_bits(value, reference), (
-            f"{what}: output {index} is\n{value}\ninstead of\n{reference}"
-        )
-
-
-class Traces:
-    """What a model and the process look like before attach, to be found again after.
-
-    Args:
-        model: not attached.
-        folder: where files may be written; empty.
+    Attributes:
+        mode: "no_grad", "inference", "autocast" (under no_grad too) or "grad".
+        skip: Numbers of modules that are not called.
+        repeat: Numbers of modules that are called twice.
+        fail: The step at which an exception is raised; 0 for none.
+        stop: Raise Ctrl-C instead of an exception.
+        batch: Rows of x.
+        seed: Of the inputs.
+        part: Call one of the modules below the root, this one modulo their number; 0
+            calls the root.
+        handling: Call it while another exception is being handled.
     """
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        self._model = model
+    mode: str = "no_grad"
+    skip: tuple[int, ...] = ()
+    repeat: tuple[int, ...] = ()
+    fail: int = 0
+    stop: bool = False
+    batch: int = 2
+    seed: int = 0
+    part: int = 0
+    handling: bool = False
+
+
+@dataclass(frozen=True, repr=False)
+class Train(Printed):
+    """`model.train(on)`."""
+
+    on: bool = True
+
+
+@dataclass(frozen=True, repr=False)
+class State(Printed):
+    """Compares the state dicts."""
+
+
+@dataclass(frozen=True, repr=False)
+class Load(Printed):
+    """`load_state_dict` with new values for every ``step``-th tensor."""
+
+    assign: bool = False
+    step: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, repr=False)
+class Edit(Printed):
+    """Gives a tensor new values between forwards.
+
+    Attributes:
+        index: Which tensor, modulo their number.
+        how: "copy" (``tensor.copy_(new)``), "data" (``tensor.data.copy_(new)``) or
+            "swap" (``tensor.data = new``).
+        seed: Of the values.
+    """
+
+    index: int = 0
+    how: str = "copy"
+    seed: int = 0
+
+
+@dataclass(frozen=True, repr=False)
+class Move(Printed):
+    """`onload` or `offload`."""
+
+    there: bool = False
+
+
+@dataclass(frozen=True, repr=False)
+class Reattach(Printed):
+    """`detach`, and attach again with the next policy."""
+
+
+Action = Forward | Train | State | Load | Edit | Move | Reattach
+
+
+@dataclass(frozen=True, repr=False)
+class Case(Printed):
+    """A model, policies to attach it with in turn, and what is done with it."""
+
+    spec: Spec
+    policies: tuple[PolicySpec, ...]
+    actions: tuple[Action, ...]
+
+
+class GaveUp(Exception):
+    """A forward met the limit in a way that no plan could foresee."""
+
+
+class Twin:
+    """A model under test and its reference.
+
+    The reference keeps its parameters in the dtype of the resting model. Where the
+    policy casts, a second reference computes; what its forward changes is written back
+    to the first.
+
+    Args:
+        spec: What both are built from.
+        folder: An empty folder for files.
+    """
+
+    def __init__(self, spec: Spec, folder: Path) -> None:
+        self.spec = spec
+        self.model = build(spec)
+        self._rest = build(spec)
+        self._computing = self._rest
         self._folder = folder
-        self._hooks = _hooks(model)
-        self._keys = _keys(model)
-        self._threads = set(threading.enumerate())
-        self.note_tensors()
+        self._traces = Traces(self.model, folder)
+        self._own = [t.dtype for t in tensors_of(self.model).values()]
+        self._policy = PolicySpec()
+        self._limit_bytes: int | None = None
+        self._attached = False
+        self._interrupted = False
+        self._kept: list[tuple[Tensor, Tensor]] = []
 
-    def note_tensors(self) -> None:
-        """Takes the tensors of this moment for the ones to be found again."""
-        self._objects = _objects(self._model)
-        self._facts = {id(t): _facts(t) for _, t in self._objects}
-        tensors = list(tensors_of(self._model).items())
-        self._ties = {
-            (one, other): pair[1].data_ptr() - pair[0].data_ptr()
-            for i, (one, first) in enumerate(tensors)
-            for other, second in tensors[i + 1 :]
-            if first.untyped_storage()._cdata == second.untyped_storage()._cdata
-            and _overlap(*(pair := (first, second)))
-        }
+    # -- attach and detach ----------------------------------------------------------
 
-    def assert_objects(self) -> None:
-        """Checks that every parameter and buffer is the object that it was."""
-        now = _objects(self._model)
-        assert [name for name, _ in now] == [name for name, _ in self._objects]
-        for (name, tensor), (_, before) in zip(now, self._objects, strict=True):
-            assert tensor is before, f"{name} is another object"
+    def attach(self, policy: PolicySpec) -> None:
+        """Attaches the model, and casts the reference as the policy says."""
+        limit = self._limit(policy)
+        self._limit_bytes = int(limit * 2**30) if limit else None
+        attach_offload_hooks(self.model, policy.make(limit, self._folder))
+        self._policy = policy
+        self._attached = True
+        self._computing = self._rest
+        if policy.casts:
+            self._computing = build(self.spec)
+            self._computing.train(self._rest.training)
+            _cast_tied(self._computing, map(policy.computing, self._own))
+            self._cast_rest(policy.at_rest)
 
-    def assert_none_left(self) -> None:
-        """Checks that nothing is left of an attachment but the values."""
-        self.assert_objects()
-        for name, tensor in self._objects:
-            assert _facts(tensor) == self._facts[id(tensor)], name
-        tensors = tensors_of(self._model)
-        for (one, other), distance in self._ties.items():
-            now = tensors[other].data_ptr() - tensors[one].data_ptr()
-            assert now == distance, f"{one} and {other} are not tied any more"
-        assert _hooks(self._model) == self._hooks
-        assert _keys(self._model) == self._keys
-        assert set(threading.enumerate()) <= self._threads
-        assert not torch.overrides._get_current_function_mode_stack()
-        assert not list(self._folder.iterdir())
+    def least(self, policy: PolicySpec) -> float:
+        """Returns the least limit in GiB, as the error for a smaller one names it.
+
+        The model is not attached; the error leaves no trace.
+        """
+        try:
+            attach_offload_hooks(self.model, policy.make(2**-30, self._folder))
+        except BudgetExceededError as error:
+            named = re.search(r"limit_gb=([0-9.]+) or more", str(error))
+            assert named, str(error)
+            self._traces.assert_none_left()
+            return float(named[1])
+        detach(self.model)
+        self._traces.assert_none_left()
+        return 2**-30
+
+    def _limit(self, policy: PolicySpec) -> float | None:
+        if not isinstance(policy.limit, str):
+            return policy.limit
+        everything = sum(2 * t.nbytes + 512 for t in tensors_of(self.model).values())
+        return self.least(policy) + float(policy.limit) * 2 * everything / 2**30
+
+    def detach(self) -> None:
+        """Detaches the model; checks that it is as before, but for the values."""
+        self._check_kept()
+        detach(self.model)
+        self._attached = self._interrupted = False
+        self._check_kept()
+        self._traces.assert_none_left()
+        self._compare_rest()
+        if self._policy.casts:
+            self._cast_rest(lambda own: own)
+            for rest, tensor in self._pairs():
+                rest.data.copy_(tensor.data)
+
+    def give_up(self) -> None:
+        """Detaches whatever has happened; compares no values."""
+        if self._attached:
+            detach(self.model)
+            self._traces.assert_none_left()
+
+    def _cast_rest(self, dtype_of: Callable[[torch.dtype], torch.dtype]) -> None:
+        tensors = tensors_of(self._rest).values()
+        dtypes = [
+            dtype_of(own) if isinstance(tensor, nn.Parameter) else own
+            for tensor, own in zip(tensors, self._own, strict=True)
+        ]
+        _cast_tied(self._rest, dtypes)
+
+    # -- actions --------------------------------------------------------------------
+
+    def run(self, action: Action) -> None:
+        """Does the same to the model and to the reference, and compares."""
+        if isinstance(action, Forward):
+            self._forward(action)
+        else:
+            self._check_kept()
+            self._models_do(action)
+        if not self._interrupted:
+            self._compare_rest()
+        self._check_limit()
+        self._check_kept()
+        self._traces.assert_objects()
+
+    def _models_do(self, action: Action) -> None:
+        if isinstance(action, Train):
+            for model in (self.model, self._rest, self._computing):
+                model.train(action.on)
+        elif isinstance(action, State):
+            self._compare_state()
+        elif isinstance(action, Load):
+            self._kept.clear()
+            self._load(action)
+        elif isinstance(action, Edit):
+            self._kept.clear()
+            self._edit(action)
+        elif isinstance(action, Move):
+            (onload if action.there else offload)(self.model)
+            self._interrupted = False
+
+    def _forward(self, action: Forward) -> None:
+        if self.spec.writes:
+            self._kept.clear()
+        model, reference = self._called(action.part)
+        if action.mode == "grad" and not self._runs_with_grad(model, action):
+            return
+        output = _call(model, action, self._policy)
+        if isinstance(output, BudgetExceededError):
+            if self._limit_bytes and self.spec.reads_sideways:
+                raise GaveUp from output
+            raise output
+        self._refresh_computing()
+        expected = _call(reference, action, self._policy)
+        self._write_back()
+        self._interrupted = isinstance(output, Stop)
+        if "objects" in self.spec.writes:
+            self._traces.note_tensors()
+        if isinstance(expected, BaseException):
+            if not isinstance(output, type(expected)):
+                raise AssertionError(f"{output!r} instead of {expected!r}")
+            return
+        if isinstance(output, BaseException):
+            raise output
+        assert_same_output(output, expected, repr(action))
+        x, more = unpack(output)
+        plain = [t for t in [x, *more] if not isinstance(t, nn.Parameter)]
+        self._kept += [(tensor, tensor.detach().clone()) for tensor in plain]
+
+    def _runs_with_grad(self, model: nn.Module, action: Forward) -> bool:
+        """Tells whether a forward that could need gradients is not refused."""
+        if self.spec.writes or not any(p.requires_grad for p in model.parameters()):
+            return not self.spec.writes
+        output = _call(model, action, self._policy)
+        if isinstance(output, RuntimeError) and "gradient through" in str(output):
+            return False
+        self._interrupted = isinstance(output, Stop)
+        return True
+
+    def _called(self, part: int) -> tuple[nn.Module, nn.Module]:
+        """Returns the modules to call; a part must not rely on its parents."""
+        if not part or self._policy.module_map:
+            return self.model, self._computing
+        parts = [
+            pair
+            for pair in zip(
+                self.model.modules(), self._computing.modules(), strict=True
+            )
+            if isinstance(pair[0], Node | Block)
+            and not any(isinstance(m, Sideways) for m in pair[0].modules())
+        ]
+        return parts[part % len(parts)] if parts else (self.model, self._computing)
+
+    def _load(self, action: Load) -> None:
+        state = self._rest.state_dict()
+        for index, name in enumerate(list(state)):
+            if index % action.step:
+                del state[name]
+            else:
+                state[name] = _new_values(state[name], action.seed + index)
+        for model in (self.model, self._rest):
+            own = {name: tensor.clone() for name, tensor in state.items()}
+            model.load_state_dict(own, strict=action.step == 1, assign=action.assign)
+        self._interrupted = False
+        if action.assign:
+            self._traces.note_tensors()
+            self._own = [t.dtype for t in tensors_of(self.model).values()]
+
+    def _edit(self, action: Edit) -> None:
+        tensors = list(tensors_of(self.model).values())
+        references = list(tensors_of(self._rest).values())
+        index = action.index % len(tensors)
+        for tensor in (tensors[index], references[index]):
+            if any(step == 0 for step in tensor.stride()):
+                return
+            new = _new_values(tensor, action.seed)
+            # Swapped data must not untie the reference's tensors.
+            if action.how == "swap" and tensor is tensors[index]:
+                tensor.data = new
+            elif action.how == "data":
+                tensor.data.copy_(new)
+            else:
+                with torch.no_grad():
+                    tensor.copy_(new)
+
+    # -- the reference --------------------------------------------------------------
+
+    def _refresh_computing(self) -> None:
+        if self._computing is self._rest:
+            return
+        tensors = tensors_of(self._computing).values()
+        rests = tensors_of(self._rest).values()
+        for tensor, rest, own in zip(tensors, rests, self._own, strict=True):
+            value = rest.data
+            if isinstance(rest, nn.Parameter) and own.is_floating_point:
+                value = value.to(self._policy.waiting(own))
+            tensor.data.copy_(value)
+
+    def _write_back(self) -> None:
+        if self._computing is self._rest:
+            return
+        for tensor, rest in zip(
+            self._computing.buffers(), self._rest.buffers(), strict=True
+        ):
+            if not same_bits(tensor, rest.to(tensor.dtype)):
+                rest.copy_(tensor)
+
+    # -- checks ---------------------------------------------------------------------
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rests = tensors_of(self._rest).values()
+        yield from zip(rests, tensors_of(self.model).values(), strict=True)
+
+    def _compare_rest(self) -> None:
+        names = tensors_of(self.model)
+        for name, own, (rest, tensor) in zip(
+            names, self._own, self._pairs(), strict=True
+        ):
+            self._compare(name, tensor, rest, own)
+
+    def _compare_state(self) -> None:
+        state = self.model.state_dict()
+        reference = self._rest.state_dict(keep_vars=True)
+        assert list(state) == list(reference)
+        tensors = tensors_of(self._rest).values()
+        owns = {id(t): own for t, own in zip(tensors, self._own, strict=True)}
+        for name, rest in reference.items():
+            self._compare(name, state[name], rest, owns[id(rest)])
+
+    def _compare(
+        self, name: str, tensor: Tensor, rest: Tensor, own: torch.dtype
+    ) -> None:
+        """Compares a value between forwards with that of the reference."""
+        policy = self._policy
+        via = own
+        allowed = {own}
+        if self._attached and own.is_floating_point:
+            if isinstance(rest, nn.Parameter):
+                allowed = {policy.at_rest(own), policy.waiting(own)}
+            else:
+                allowed.add(policy.computing(own))
+        if isinstance(rest, nn.Parameter) and own.is_floating_point:
+            via = policy.waiting(own)
+        what = f"{name} between forwards"
+        assert tensor.dtype in allowed, f"{what} is {tensor.dtype}"
+        direct = rest.detach().to(tensor.dtype)
+        # It may or may not have been rounded to the waiting dtype so far.
+        rounded = rest.detach().to(via).to(tensor.dtype)
+        if same_bits(tensor, direct) or same_bits(tensor, rounded):
+            return
+        value = tensor.detach().double()
+        either = (value == direct.double()) | (value == rounded.double())
+        assert rounded.dtype != via and either.all(), (
+            f"{what} is\n{tensor}\ninstead of\n{direct}"
+        )
+
+    def _check_limit(self) -> None:
+        if self._limit_bytes:
+            peak = offload_stats(self.model).peak_bytes
+            assert peak <= self._limit_bytes, f"{peak} > {self._limit_bytes}"
+
+    def _check_kept(self) -> None:
+        for tensor, before in self._kept:
+            assert same_bits(tensor, before), "an earlier output has changed"
 
 
-def _objects(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+def run_case(case: Case, folder: Path) -> None:
+    """Drives a model and its reference through a case.
+
+    Args:
+        case: What to do.
+        folder: For files; emptied first.
+    """
+    for left in folder.iterdir():
+        shutil.rmtree(left)
+    twin = Twin(case.spec, folder)
+    policies = itertools.cycle(case.policies)
+    try:
+        twin.attach(next(policies))
+        for action in case.actions:
+            if isinstance(action, Reattach):
+                twin.detach()
+                twin.attach(next(policies))
+            else:
+                twin.run(action)
+        twin.detach()
+    except GaveUp:
+        twin.give_up()
+    except BaseException:
+        # Nothing of a failed example may reach the next.
+        with contextlib.suppress(Exception):
+            twin.give_up()
+        raise
 
 
-def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    return (
-        type(tensor),
-        tensor.device,
-        tensor.dtype,
-        tensor.shape,
-        tensor.stride(),
-        tensor.requires_grad,
-        tensor.is_leaf,
-        tensor.grad is None,
+def _call(model: nn.Module, action: Forward, policy: PolicySpec) -> Any:
+    """Returns what a forward returned, or what it raised."""
+    generator = torch.Generator().manual_seed(action.seed)
+    x = torch.randn(action.batch, WIDTH, generator=generator)
+    ids = torch.randint(VOCABULARY, (action.batch,), generator=generator)
+    control = Control(
+        skip=action.skip,
+        repeat=action.repeat,
+        fail=action.fail,
+        error=Stop if action.stop else Boom,
+        compute=_dtype(policy.compute_dtype),
     )
+    torch.manual_seed(action.seed)
+    with contextlib.ExitStack() as stack:
+        if action.mode == "inference":
+            stack.enter_context(torch.inference_mode())
+        elif action.mode != "grad":
+            stack.enter_context(torch.no_grad())
+        if action.mode == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        try:
+            if not action.handling:
+                return model(x, ids, control=control)
+            try:
+                raise Boom("handled by the caller")
+            except Boom:
+                return model(x, ids, control=control)
+        except (Exception, Stop) as error:
+            return error
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    def span(tensor: Tensor) -> tuple[int, int]:
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        last = sum((size - 1) * step for size, step in steps)
-        begin = tensor.data_ptr()
-        end = begin + (last + 1) * tensor.itemsize
-        return begin, end if tensor.numel() else begin
-
-    (begin, end), (other_begin, other_end) = span(one), span(other)
-    return begin < other_end and other_begin < end
+def _new_values(tensor: Tensor, seed: int) -> Tensor:
+    """Returns other values, which every dtype of a policy holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(-8, 9, tensor.shape, generator=generator)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return (numbers / 8).to(tensor.dtype)
+    return numbers.abs().to(tensor.dtype)
 
 
-def _hooks(model: nn.Module) -> list[Any]:
-    """Returns every hook of every module, and PyTorch's global ones."""
-    found: list[Any] = []
-    places = [(name, vars(module)) for name, module in model.named_modules()]
-    for name, attributes in [*places, ("every module", vars(torch_module))]:
-        for key, value in attributes.items():
-            if "hooks" in key and isinstance(value, dict | set):
-                items = value.items() if isinstance(value, dict) else value
-                found.append((name, key, list(items)))
-    return found
-
-
-def _keys(model: nn.Module) -> dict[str, list[str]]:
-    return {name: sorted(vars(module)) for name, module in model.named_modules()}
+def _cast_tied(model: nn.Module, dtypes: Iterable[torch.dtype]) -> None:
+    """Casts floating tensors; those that share memory go on sharing it."""
+    groups: dict[int, list[tuple[Tensor, torch.dtype]]] = {}
+    for tensor, dtype in zip(tensors_of(model).values(), dtypes, strict=True):
+        if tensor.dtype.is_floating_point and tensor.dtype != dtype:
+            key = tensor.untyped_storage()._cdata
+            groups.setdefault(key, []).append((tensor, dtype))
+    for group in groups.values():
+        first, dtype = group[0]
+        flat = torch.empty(0, dtype=first.dtype).set_(first.untyped_storage())
+        flat = flat.to(dtype)
+        for tensor, _ in group:
+            place = (tensor.shape, tensor.stride(), tensor.storage_offset())
+            tensor.data = flat.as_strided(*place)

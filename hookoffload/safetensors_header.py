@@ -1,0 +1,194 @@
+"""The header of a safetensors file: its dtypes, how it is read and what is checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+_LONGEST_HEADER = 100_000_000  # The format's own limit, in bytes.
+DAMAGED = "The file is damaged or was not copied completely: fetch it again."
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+}
+_DTYPES: dict[str, torch.dtype] = {
+    code: getattr(torch, name)
+    for code, name in _TORCH_NAMES.items()
+    if isinstance(getattr(torch, name, None), torch.dtype)
+}
+CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """Says what is wrong with a checkpoint or spill file, and what to do."""
+
+
+class TensorExtent(NamedTuple):
+    """Says which bytes of a file are a tensor, and as what.
+
+    Attributes:
+        dtype: The tensor's dtype.
+        shape: The tensor's shape as torch has it.
+        offset: First byte, counted from the start of the file.
+        nbytes: Length in bytes.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(
+    path: Path, fd: int, size: int
+) -> tuple[dict[str, TensorExtent], dict[str, str]]:
+    """Reads the header of a safetensors file and checks it against the file's size.
+
+    The format: 8 bytes with the header's length, little endian; the header, JSON;
+    the tensors' bytes without holes. Offsets count from the end of the header.
+    """
+    start = _read_start(path, fd, 8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+    if not 0 <= length <= min(size - 8, _LONGEST_HEADER):
+        raise CheckpointError(f"{path}: {_explain_start(path, fd, size, length)}")
+    try:
+        header = json.loads(_read_start(path, fd, 8 + length)[8:].decode("utf-8"))
+        metadata = header.pop("__metadata__", None) or {}
+        entries = {name: dict(entry) for name, entry in header.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: the header is not that of a safetensors file: {error}. {DAMAGED}"
+        ) from error
+    tensors = {}
+    for name, entry in entries.items():
+        where = f"{path}: tensor {name!r}"
+        tensors[name] = _locate(where, entry, 8 + length, size)
+    end = 8 + length
+    for name, extent in sorted(
+        tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)
+    ):
+        if extent.offset != end:
+            what = "overlaps" if extent.offset < end else "leaves a hole after"
+            raise CheckpointError(
+                f"{path}: tensor {name!r} starts at byte {extent.offset} "
+                f"and {what} the data before it, up to byte {end}. {DAMAGED}"
+            )
+        end += extent.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{path}: the tensors end at byte {end}, the file has {size} bytes. "
+            f"{DAMAGED}"
+        )
+    return tensors, metadata
+
+
+def _read_start(path: Path, fd: int, count: int) -> bytes:
+    data = b""
+    try:
+        while len(data) < count:
+            part = os.pread(fd, count - len(data), len(data))
+            if not part:
+                break
+            data += part
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: the header cannot be read: {error.strerror}. Check the disk."
+        ) from error
+    return data
+
+
+def _explain_start(path: Path, fd: int, size: int, length: int) -> str:
+    start = _read_start(path, fd, 64)
+    if start.startswith(b"version https://git-lfs"):
+        return (
+            "is a Git LFS pointer, not the file itself. Run 'git lfs pull' where it "
+            "was cloned."
+        )
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return (
+            "is a torch.save file under another name. Convert it with "
+            "torch.load(weights_only=True) and safetensors.torch.save_file."
+        )
+    if length < 0:
+        return f"has {size} bytes, too few for a safetensors file. {DAMAGED}"
+    return (
+        f"is to begin with a header of {length} bytes, the file has {size} bytes and a "
+        f"header at most {_LONGEST_HEADER}. It is no safetensors file, or cut short: "
+        "fetch it again."
+    )
+
+
+def _locate(
+    where: str,
+    entry: dict[str, Any],
+    data_start: int,
+    size: int,
+) -> TensorExtent:
+    """Turns one entry of a header into an extent, or says what is wrong with it."""
+    code: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    dtype = _DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"{where} has the dtype {code!r}, which torch {torch.__version__} cannot "
+            f"hold. Known: {', '.join(sorted(_DTYPES))}. Convert the tensor, or update "
+            "torch."
+        )
+    if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
+        raise CheckpointError(
+            f"{where} has the shape {shape!r} and the offsets {offsets!r}; both must "
+            f"be lists of whole numbers from 0 to 2**63. {DAMAGED}"
+        )
+    if code == "F4":  # The file counts single numbers, torch pairs of them.
+        if not shape or shape[-1] % 2:
+            raise CheckpointError(
+                f"{where} has the dtype F4 and the shape {shape}; torch needs an even "
+                "last dimension. Convert the tensor to another dtype."
+            )
+        shape = [*shape[:-1], shape[-1] // 2]
+    begin, end = offsets
+    # Zero-element shapes count too: torch computes strides of 64 bits for them.
+    if prod(max(1, count) for count in shape) * dtype.itemsize >= 2**63:
+        raise CheckpointError(f"{where} has the impossible shape {shape}. {DAMAGED}")
+    if end - begin != prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{where} has {end - begin} bytes; its dtype {code} and shape "
+            f"{entry['shape']} take {prod(shape) * dtype.itemsize}. {DAMAGED}"
+        )
+    if data_start + end > size:
+        raise CheckpointError(
+            f"{where} ends at byte {data_start + end}, outside the file, which has "
+            f"{size} bytes: it was cut short. {DAMAGED}"
+        )
+    return TensorExtent(dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    )

@@ -1,0 +1,70 @@
+"""The bytes of tensors: as memory, in chunks, and written at a place in a file."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from .safetensors_header import CheckpointError
+
+_CHUNK = 16 * 2**20
+
+
+def memory(tensor: torch.Tensor) -> memoryview:
+    """Returns the bytes of a contiguous CPU tensor; the tensor must outlive them."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+
+
+def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Cuts a tensor into views of at most a chunk, in the order of its elements."""
+    if tensor.nbytes == 0:
+        return
+    if tensor.nbytes <= _CHUNK:
+        yield tensor
+    elif tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), _CHUNK // tensor.itemsize)
+    else:
+        rows = _CHUNK // tensor[0].nbytes
+        for part in torch.split(tensor, max(1, rows)):
+            yield from _pieces(part if rows else part[0])
+
+
+def write_tensor(
+    fd: int, path: Path, tensor: torch.Tensor, offset: int
+) -> Iterator[int]:
+    """Writes a tensor at a byte of a file; yields the length of each chunk written."""
+    for piece in _pieces(tensor.detach()):
+        # A conjugate or negative view keeps its sign apart from its bytes.
+        piece = piece.cpu().resolve_conj().resolve_neg().contiguous()
+        with disk_errors(path):
+            write_at(fd, memory(piece), offset)
+        offset += piece.nbytes
+        yield piece.nbytes
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of the bytes at a byte of a file."""
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(fd, data[done : done + _CHUNK], offset + done)
+        except InterruptedError:
+            continue
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into an error that names the file and its folder."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written in the folder {path.parent}: "
+            f"{error.strerror or error}. Free space there, make the folder writable, "
+            "or pass another with disk_dir=."
+        ) from error

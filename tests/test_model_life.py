@@ -1,0 +1,675 @@
+"""An attached model goes on living: saved, loaded, edited, switched, never copied."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hookoffload import (
+    attach_offload_hooks,
+    detach,
+    load_model,
+    offload,
+    offload_stats,
+    offloaded,
+    onload,
+)
+from tests.small_models import (
+    TinyModel,
+    assert_same,
+    expected,
+    on_disk,
+    run,
+    tiny_model,
+    tokens,
+)
+from tests.snapshots import Snapshot, assert_untouched, same_bits, tensors_of
+
+# Streamed in full, partly resident, and resident in full.
+LIMITS = [0, 0.00008, None]
+every_limit = pytest.mark.parametrize("limit_gb", LIMITS)
+
+
+@pytest.fixture(params=["disk", "ram, cast", "ram"])
+def policy_fields(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """Return what each kind of store needs; only "ram" moves nothing on a CPU."""
+    fields: dict[str, Any] = {"compute_device": "cpu"}
+    if request.param == "disk":
+        fields |= {"store": "disk", "disk_dir": tmp_path / "spill"}
+    elif request.param == "ram, cast":
+        # Bits of float32 come back from float64, and sums differ from plain ones.
+        fields |= {"compute_dtype": torch.float64}
+    return fields
+
+
+class Pair:
+    """An attached model and a plain one that must go on behaving alike."""
+
+    def __init__(self, limit_gb: Any, fields: dict[str, Any]) -> None:
+        self.model = tiny_model()
+        self.plain = tiny_model()
+        self.casts = "compute_dtype" in fields
+        attach_offload_hooks_with(self.model, limit_gb, fields)
+
+    def assert_alike(self, seed: int = 0) -> None:
+        output = run(self.model, tokens(seed))
+        plain = self.plain
+        if self.casts:
+            plain = copy.deepcopy(plain).double()
+        assert_same(output, run(plain, tokens(seed)))
+
+    def both(self, change: Callable[[nn.Module], Any]) -> tuple[Any, Any]:
+        return change(self.model), change(self.plain)
+
+    def assert_same_tensors(self) -> None:
+        theirs = tensors_of(self.plain)
+        for name, tensor in tensors_of(self.model).items():
+            assert same_bits(tensor, theirs[name]), name
+
+
+def attach_offload_hooks_with(
+    model: nn.Module, limit_gb: Any, fields: dict[str, Any]
+) -> None:
+    from hookoffload import OffloadPolicy
+
+    attach_offload_hooks(model, OffloadPolicy(limit_gb=limit_gb, **fields))
+
+
+@pytest.fixture(params=LIMITS, ids=lambda limit: f"limit {limit}")
+def pair(
+    request: pytest.FixtureRequest, policy_fields: dict[str, Any]
+) -> Iterator[Pair]:
+    """Yield the two models after a pass, and compare them again after detach."""
+    both = Pair(request.param, policy_fields)
+    both.assert_alike()
+    yield both
+    if "_apply" in both.model.__dict__:
+        detach(both.model)
+    both.assert_same_tensors()
+    assert_same(run(both.model, tokens()), run(both.plain, tokens()))
+
+
+# --- state_dict ---
+
+
+def test_state_dict_has_the_weights_at_any_time(pair: Pair) -> None:
+    for _ in range(2):
+        state, wanted = pair.model.state_dict(), pair.plain.state_dict()
+        assert list(state) == list(wanted)
+        assert state._metadata == wanted._metadata
+        for name, tensor in wanted.items():
+            assert_same(state[name], tensor)
+            assert state[name].device.type == "cpu"
+        pair.assert_alike(1)
+
+
+def test_state_dict_does_not_change_with_later_forwards(pair: Pair) -> None:
+    state = pair.model.state_dict()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    for seed in range(3):
+        pair.assert_alike(seed)
+    offload(pair.model)
+    for name, tensor in state.items():
+        assert_same(tensor, kept[name])
+
+
+def test_state_dict_of_a_part_has_the_weights(pair: Pair) -> None:
+    state = pair.model.blocks[1].state_dict(prefix="x.")
+    wanted = pair.plain.blocks[1].state_dict(prefix="x.")
+    assert list(state) == list(wanted)
+    for name, tensor in wanted.items():
+        assert_same(state[name], tensor)
+
+
+def test_state_dict_can_return_the_parameters_themselves(pair: Pair) -> None:
+    state = pair.model.state_dict(keep_vars=True)
+    assert state["blocks.0.up.weight"] is pair.model.blocks[0].up.weight
+
+
+@every_limit
+def test_state_dict_inside_a_forward_has_the_weights(
+    tmp_path: Path, limit_gb: Any
+) -> None:
+    model, wanted = tiny_model(), tiny_model().state_dict()
+    states = []
+    model.blocks[1].up.register_forward_pre_hook(
+        lambda *_: states.append({k: v.clone() for k, v in model.state_dict().items()})
+    )
+    output = expected(tiny_model(), tokens())
+    with offloaded(model, on_disk(tmp_path, limit_gb=limit_gb)):
+        for _ in range(2):
+            assert_same(run(model, tokens()), output)
+    for state in states:
+        for name, tensor in wanted.items():
+            assert_same(state[name], tensor)
+
+
+def test_saved_state_dict_loads_into_a_plain_model(pair: Pair) -> None:
+    file = io.BytesIO()
+    torch.save(pair.model.state_dict(), file)
+    file.seek(0)
+    other = tiny_model(seed=9)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert_same(run(other, tokens()), run(pair.plain, tokens()))
+
+
+# --- load_state_dict ---
+
+
+def test_loaded_state_dict_is_used_by_the_next_forward(pair: Pair) -> None:
+    for seed in (1, 2):
+        state = tiny_model(seed).state_dict()
+        one, other = pair.both(lambda model: model.load_state_dict(state))
+        assert str(one) == str(other) == "<All keys matched successfully>"
+        pair.assert_alike()
+        pair.assert_alike(1)
+
+
+def test_loading_keeps_the_parameter_objects(pair: Pair) -> None:
+    before = dict(pair.model.named_parameters())
+    pair.both(lambda model: model.load_state_dict(tiny_model(1).state_dict()))
+    for name, parameter in pair.model.named_parameters():
+        assert parameter is before[name]
+
+
+def test_loading_a_part_is_used_by_the_next_forward(pair: Pair) -> None:
+    state = tiny_model(1).blocks[1].state_dict()
+    pair.both(lambda model: model.blocks[1].load_state_dict(state))
+    pair.assert_alike()
+
+
+def test_loading_leniently_tells_what_was_missing_and_what_was_too_much(
+    pair: Pair,
+) -> None:
+    state = dict(tiny_model(1).state_dict())
+    del state["blocks.0.up.weight"], state["statistics.running_var"]
+    state["blocks.9.gain"] = torch.ones(3)
+    one, other = pair.both(lambda model: model.load_state_dict(state, strict=False))
+    assert one == other
+    assert one.missing_keys == ["blocks.0.up.weight", "statistics.running_var"]
+    assert one.unexpected_keys == ["blocks.9.gain"]
+    pair.assert_alike()
+
+
+def _error(action: Callable[[], Any]) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_loading_strictly_refuses_missing_and_unknown_keys_as_torch_does(
+    pair: Pair,
+) -> None:
+    state = dict(tiny_model(1).state_dict())
+    del state["blocks.0.up.weight"]
+    state["nobody"] = torch.ones(1)
+    one, other = pair.both(
+        lambda model: _error(lambda: model.load_state_dict(state))
+    )
+    assert one == other
+    assert "blocks.0.up.weight" in one and "nobody" in one
+    pair.assert_alike()
+
+
+def test_loading_wrong_shapes_is_refused_as_torch_does(pair: Pair) -> None:
+    state = dict(tiny_model(1).state_dict())
+    state["blocks.1.down.weight"] = torch.ones(2, 2)
+    one, other = pair.both(
+        lambda model: _error(lambda: model.load_state_dict(state))
+    )
+    assert one == other
+    assert "size mismatch for blocks.1.down.weight" in one
+    pair.assert_alike()
+
+
+def test_loading_another_dtype_casts_as_torch_does(pair: Pair) -> None:
+    state = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in tiny_model(1).state_dict().items()
+    }
+    pair.both(lambda model: model.load_state_dict(state))
+    pair.assert_alike()
+
+
+def test_assigned_tensors_are_managed_like_the_first(
+    pair: Pair, tmp_path: Path
+) -> None:
+    def assign(model: nn.Module) -> None:
+        state = {k: v.clone() for k, v in tiny_model(1).state_dict().items()}
+        state["head.weight"] = state["embed.weight"]
+        model.load_state_dict(state, assign=True)
+
+    pair.both(assign)
+    assigned = dict(pair.model.named_parameters())
+    for seed in range(3):
+        pair.assert_alike(seed)
+    detach(pair.model)
+    for name, parameter in pair.model.named_parameters():
+        assert parameter is assigned[name]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_parameter_that_is_replaced_by_hand_is_managed(pair: Pair) -> None:
+    def replace(model: nn.Module) -> None:
+        torch.manual_seed(5)
+        model.blocks[0].gain = nn.Parameter(torch.randn(48))
+        model.blocks[1].up.weight = nn.Parameter(torch.randn(96, 48))
+
+    pair.both(replace)
+    pair.assert_alike()
+    pair.assert_alike(1)
+
+
+def test_module_that_is_replaced_by_hand_computes(pair: Pair) -> None:
+    def replace(model: nn.Module) -> None:
+        torch.manual_seed(5)
+        model.blocks[1].up = nn.Linear(48, 96)
+
+    pair.both(replace)
+    pair.assert_alike()
+    pair.assert_alike(1)
+
+
+# --- modes and parameters ---
+
+
+def test_modes_are_the_models_own(pair: Pair) -> None:
+    for mode in (True, False, True):
+        pair.both(lambda model, mode=mode: model.train(mode))
+        assert all(m.training is mode for m in pair.model.modules())
+        pair.assert_alike(int(mode)) if not pair.casts else None
+        if pair.casts:  # the statistics of the copy in float64 are not the plain ones
+            pair.both(lambda model: model.eval())
+            pair.assert_alike()
+    pair.both(lambda model: model.eval())
+
+
+def test_parameters_are_the_same_objects_with_the_same_look(
+    policy_fields: dict[str, Any],
+) -> None:
+    model = tiny_model()
+    before = list(model.named_parameters(remove_duplicate=False))
+    looks = [(p.shape, p.dtype, p.device, p.requires_grad) for _, p in before]
+    for limit_gb in LIMITS:
+        attach_offload_hooks_with(model, limit_gb, policy_fields)
+        for _ in range(3):
+            now = list(model.named_parameters(remove_duplicate=False))
+            assert [name for name, _ in now] == [name for name, _ in before]
+            assert all(p is q for (_, p), (_, q) in zip(now, before, strict=True))
+            assert [
+                (p.shape, p.dtype, p.device, p.requires_grad) for _, p in now
+            ] == looks
+            run(model, tokens())
+        detach(model)
+
+
+def test_freezing_while_attached_stays_after_detach(pair: Pair) -> None:
+    pair.both(lambda model: model.blocks.requires_grad_(False))
+    pair.assert_alike()
+    detach(pair.model)
+    frozen = {n for n, p in pair.model.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, p in pair.plain.named_parameters() if not p.requires_grad}
+    assert frozen
+
+
+def test_user_hooks_added_and_removed_meanwhile_stay_the_users(pair: Pair) -> None:
+    seen: list[torch.Tensor] = []
+    layer = pair.model.blocks[0].up
+    handle = layer.register_forward_hook(lambda m, a, out: seen.append(out.clone()))
+    pair.assert_alike()
+    wanted: list[torch.Tensor] = []
+    other = pair.plain.blocks[0].up.register_forward_hook(
+        lambda m, a, out: wanted.append(out.clone())
+    )
+    if not pair.casts:
+        run(pair.plain, tokens())
+        assert_same(seen[0], wanted[0])
+    handle.remove()
+    other.remove()
+    pair.assert_alike()
+    assert len(seen) == 1
+
+
+# --- edits at rest ---
+
+
+def _multiply(parameter: torch.Tensor) -> None:
+    parameter.mul_(1.5)
+
+
+def _copy(parameter: torch.Tensor) -> None:
+    parameter.copy_(parameter.flip(0) * 2)
+
+
+def _set_one(parameter: torch.Tensor) -> None:
+    parameter.view(-1)[3] = 7.5
+
+
+def _data_in_place(parameter: torch.Tensor) -> None:
+    parameter.data.mul_(0.5)
+
+
+def _data_replaced(parameter: torch.Tensor) -> None:
+    parameter.data = parameter.data * 3
+
+
+def _detached_view(parameter: torch.Tensor) -> None:
+    parameter.detach()[0].zero_()
+
+
+EDITS = [_multiply, _copy, _set_one, _data_in_place, _data_replaced, _detached_view]
+every_edit = pytest.mark.parametrize(
+    "edit", EDITS, ids=[edit.__name__.strip("_") for edit in EDITS]
+)
+
+
+@every_edit
+def test_edit_of_weights_at_rest_is_used_by_the_next_forward(
+    pair: Pair, edit: Callable[[torch.Tensor], None]
+) -> None:
+    """The pass before has copied the first layers ahead: those copies are stale."""
+
+    @torch.no_grad()
+    def edit_all(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            edit(parameter)
+
+    for seed in range(2):
+        pair.both(edit_all)
+        pair.assert_alike(seed)
+
+
+@every_edit
+@pytest.mark.parametrize("name", ["position", "blocks.0.norm.weight", "head.weight"])
+def test_edit_of_one_weight_is_used_by_the_next_forward(
+    pair: Pair, edit: Callable[[torch.Tensor], None], name: str
+) -> None:
+    @torch.no_grad()
+    def edit_one(model: nn.Module) -> None:
+        edit(model.get_parameter(name))
+
+    pair.both(edit_one)
+    pair.assert_alike()
+
+
+@every_edit
+def test_edit_is_in_the_state_dict_and_survives_detach(
+    pair: Pair, edit: Callable[[torch.Tensor], None]
+) -> None:
+    @torch.no_grad()
+    def edit_all(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            edit(parameter)
+
+    pair.both(edit_all)
+    state, wanted = pair.model.state_dict(), pair.plain.state_dict()
+    for name, tensor in wanted.items():
+        assert_same(state[name], tensor)
+
+
+def test_edits_of_buffers_are_used_and_kept(pair: Pair) -> None:
+    @torch.no_grad()
+    def edit(model: Any) -> None:
+        model.blocks[0].shift.add_(1)
+        model.statistics.running_mean.copy_(torch.linspace(-1, 1, 48))
+        model.order.copy_(model.order.flip(0))
+
+    pair.both(edit)
+    pair.assert_alike()
+
+
+def test_initialisation_by_apply_is_used_by_the_next_forward(pair: Pair) -> None:
+    def initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.constant_(module.weight, 0.01)
+
+    pair.both(lambda model: model.apply(initialise))
+    pair.assert_alike()
+
+
+def test_edit_between_a_forwards_layers_is_used_by_the_later_layer(
+    tmp_path: Path,
+) -> None:
+    """A hook in an early layer changes a layer that was copied ahead already."""
+
+    def scale_later(model: nn.Module) -> None:
+        @torch.no_grad()
+        def scale(*_: Any) -> None:
+            model.blocks[0].down.weight.mul_(1.5)
+
+        model.blocks[0].up.register_forward_hook(scale)
+
+    model, plain = tiny_model(), tiny_model()
+    scale_later(model)
+    scale_later(plain)
+    with offloaded(model, on_disk(tmp_path, limit_gb=0.00008)):
+        for seed in range(3):
+            assert_same(run(model, tokens(seed)), run(plain, tokens(seed)))
+    assert_same(model.blocks[0].down.weight, plain.blocks[0].down.weight)
+
+
+# --- copies are refused ---
+
+
+def _save_whole(model: nn.Module) -> None:
+    torch.save(model, io.BytesIO())
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy.deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "torch.save": _save_whole,
+    "copy.deepcopy of a part": lambda model: copy.deepcopy(model.blocks[0]),
+    "pickle of a part": lambda model: pickle.dumps(model.blocks[0].up),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copy_of_an_attached_model_is_refused_naming_detach(
+    pair: Pair, how: str
+) -> None:
+    now = Snapshot(pair.model)
+    with pytest.raises(RuntimeError, match=r"TinyModel.*detach"):
+        COPIES[how](pair.model)
+    assert_untouched(pair.model, now)
+    pair.assert_alike()
+    detach(pair.model)
+    COPIES[how](pair.model)
+
+
+# --- moves are refused ---
+
+MOVES: dict[str, Callable[[nn.Module], Any]] = {
+    "to(dtype)": lambda model: model.to(torch.float16),
+    "to(device, dtype)": lambda model: model.to("cpu", torch.bfloat16),
+    "to(tensor)": lambda model: model.to(torch.zeros(1, dtype=torch.float16)),
+    "to(meta)": lambda model: model.to("meta"),
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "double": lambda model: model.double(),
+    "type": lambda model: model.type(torch.float16),
+    "to_empty": lambda model: model.to_empty(device="cpu"),
+    "to_empty(meta)": lambda model: model.to_empty(device="meta"),
+    "share_memory": lambda model: model.share_memory(),
+}
+if torch.cuda.is_available():
+    MOVES["cuda"] = lambda model: model.cuda()
+    MOVES["to(cuda)"] = lambda model: model.to("cuda")
+
+
+@pytest.mark.parametrize("how", MOVES)
+def test_move_of_an_attached_model_is_refused_naming_detach(
+    pair: Pair, how: str
+) -> None:
+    now = Snapshot(pair.model)
+    with pytest.raises(RuntimeError, match=r"TinyModel .*detach\(model\)"):
+        MOVES[how](pair.model)
+    assert_untouched(pair.model, now)
+    pair.assert_alike()
+    detach(pair.model)
+    pair.assert_same_tensors()
+
+
+def test_move_to_a_device_that_is_not_there_is_refused_naming_detach(
+    pair: Pair,
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    now = Snapshot(pair.model)
+    with pytest.raises(RuntimeError, match="detach"):
+        pair.model.cuda()
+    assert_untouched(pair.model, now)
+
+
+@pytest.mark.parametrize(
+    "change_nothing",
+    [
+        lambda model: model.to("cpu"),
+        lambda model: model.cpu(),
+        lambda model: model.float(),
+        lambda model: model.to(torch.float32),
+        lambda model: model.to(device="cpu", dtype=torch.float32, non_blocking=True),
+        lambda model: model.to(model),
+    ],
+    ids=["to(cpu)", "cpu", "float", "to(float32)", "to(both)", "to(its own device)"],
+)
+def test_move_that_changes_nothing_is_allowed(
+    pair: Pair, change_nothing: Callable[[nn.Module], Any]
+) -> None:
+    if change_nothing.__code__.co_names == ("to",) and pair.casts:
+        pass
+    now = Snapshot(pair.model)
+    try:
+        assert change_nothing(pair.model) is pair.model
+    except TypeError:
+        pytest.skip("to() takes no module")
+    assert_untouched(pair.model, now)
+    pair.assert_alike()
+
+
+def test_moving_works_again_after_detach(pair: Pair) -> None:
+    detach(pair.model)
+    pair.both(lambda model: model.double())
+    assert_same(run(pair.model, tokens()), run(pair.plain, tokens()))
+    pair.both(lambda model: model.float())
+
+
+BEHIND_THE_BACK: dict[str, Callable[[Any], Any]] = {
+    "linear": lambda model: model.blocks[1].up.to(torch.float16),
+    "block": lambda model: model.blocks[1].half(),
+    "norm": lambda model: model.blocks[0].norm.double(),
+    "meta": lambda model: model.blocks[1].down.to("meta"),
+}
+
+
+@pytest.mark.parametrize("limit_gb", LIMITS)
+@pytest.mark.parametrize("how", BEHIND_THE_BACK)
+def test_part_that_is_moved_behind_the_back_is_noticed_by_the_next_forward(
+    tmp_path: Path, how: str, limit_gb: Any
+) -> None:
+    model = tiny_model()
+    wanted = expected(model, tokens())
+    before = Snapshot(model, tmp_path)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=limit_gb))
+    assert_same(run(model, tokens()), wanted)
+    BEHIND_THE_BACK[how](model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"blocks\.[01]\..*detach\(model\)"):
+            run(model, tokens())
+    detach(model)
+    assert not list(tmp_path.iterdir())
+    if how != "meta":  # a meta parameter is a new object, which the user put there
+        assert_untouched(model, before, same_memory=False)
+        assert_same(run(model, tokens()), wanted)
+
+
+@every_limit
+def test_part_that_is_moved_and_moved_back_computes_as_before(
+    tmp_path: Path, limit_gb: Any
+) -> None:
+    model = tiny_model()
+    wanted = expected(model, tokens())
+    with offloaded(model, on_disk(tmp_path, limit_gb=limit_gb)):
+        run(model, tokens())
+        model.blocks[1].double().float()
+        for _ in range(2):
+            assert_same(run(model, tokens()), wanted)
+    assert_same(run(model, tokens()), wanted)
+
+
+# --- parts, and the two states ---
+
+
+def test_part_that_is_called_alone_computes(pair: Pair) -> None:
+    x = torch.randn(2, 3, 48, dtype=torch.float64 if pair.casts else torch.float32)
+    plain = copy.deepcopy(pair.plain).double() if pair.casts else pair.plain
+    for block, other in zip(pair.model.blocks, plain.blocks, strict=True):
+        assert_same(run(block, x), run(other, x))
+    pair.assert_alike()
+
+
+def test_part_that_is_called_before_the_whole_computes(
+    policy_fields: dict[str, Any],
+) -> None:
+    for limit_gb in LIMITS:
+        both = Pair(limit_gb, policy_fields)
+        x = torch.randn(2, 48, dtype=torch.float64 if both.casts else torch.float32)
+        plain = copy.deepcopy(both.plain).double() if both.casts else both.plain
+        assert_same(run(both.model.blocks[2].up, x), run(plain.blocks[2].up, x))
+        both.assert_alike()
+        detach(both.model)
+
+
+def test_switching_states_by_hand_changes_no_output(pair: Pair) -> None:
+    for switch in (offload, onload, onload, offload, offload):
+        switch(pair.model)
+        pair.assert_alike()
+    assert offload_stats(pair.model).forwards == 6
+
+
+def test_offload_takes_what_was_edited_with_it(pair: Pair) -> None:
+    def edit(model: nn.Module) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+
+    for switch in (offload, onload, offload):
+        pair.both(edit)
+        switch(pair.model)
+        pair.assert_alike()
+
+
+def test_model_from_a_checkpoint_has_the_same_life(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    plain = tiny_model()
+    state = dict(plain.state_dict())
+    del state["head.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    model = load_model(
+        TinyModel, tmp_path / "model.safetensors", on_disk(tmp_path / "spill")
+    )
+    run(model, tokens())
+    for name, tensor in plain.state_dict().items():
+        assert_same(model.state_dict()[name], tensor)
+    with pytest.raises(RuntimeError, match="detach"):
+        model.half()
+    with pytest.raises(RuntimeError, match="detach"):
+        copy.deepcopy(model)
+    for module in (model, plain):
+        module.load_state_dict(tiny_model(1).state_dict())
+        with torch.no_grad():
+            module.blocks[0].gain.mul_(2)
+    for _ in range(2):
+        assert_same(run(model, tokens()), run(plain, tokens()))
+    detach(model)
+    assert_same(run(model, tokens()), run(plain, tokens()))
+    copy.deepcopy(model)
