@@ -79,6 +79,8 @@ class Layer:
         "resident_bytes",
         "resident_cast_bytes",
         "scratch",
+        "scratch_block",
+        "stands_in",
         "stays_bound",
         "stream_bytes",
     )
@@ -100,11 +102,13 @@ class Layer:
         self.keep = False  # the plan wants it resident
         self.resident: list[Block] | None = None
         self.stays_bound = False  # resident without a cast: bound between passes too
+        self.stands_in = False  # an embedding's weight is a stand-in for its table
         self.copy: Copy | None = None
         self.copied_revision = -1  # of the bytes in the region or the residence
         self.region: Region | None = None
         self.home: RegionRing | RegionStack | Block | None = None
         self.scratch: Region | None = None
+        self.scratch_block: Block | None = None
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, {self.state.name})"
@@ -167,14 +171,14 @@ class Layer:
             for piece in self.pieces
         )
 
-    def bind(self, region_block: Block | None, scratch_block: Block | None) -> None:
+    def bind(self, region_block: Block | None) -> None:
         """Point every member at its value on the compute device.
 
         Casts run on the stream that is current, from the region or the resident block
         into the scratch.
         """
         for index, piece in enumerate(self.pieces):
-            base, start = self._value(index, piece, region_block, scratch_block)
+            base, start = self._value(index, piece, region_block)
             for member in piece.master.members:
                 if piece.master.mixed:
                     typed = base.view(torch.uint8).view(member.dtype)
@@ -191,7 +195,6 @@ class Layer:
         index: int,
         piece: Piece,
         region_block: Block | None,
-        scratch_block: Block | None,
     ) -> tuple[torch.Tensor, int]:
         """Return a flat tensor and the element at which the master's value begins."""
         master = piece.master
@@ -207,8 +210,8 @@ class Layer:
             source, start = self._rest_source(piece, region_block)
         if cast_to is None:
             return source, start
-        assert scratch_block is not None and self.scratch is not None
-        target = scratch_block.typed(codec.compute)
+        assert self.scratch_block is not None and self.scratch is not None
+        target = self.scratch_block.typed(codec.compute)
         first = (self.scratch.offset + cast_to) // codec.compute.itemsize
         target[first : first + count].copy_(source[start : start + count])
         return target, first

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .budget import BudgetExceededError, MemoryBudget
+from .budget import MemoryBudget
 from .copy_engine import Copy, make_copy_engine
 from .device_memory import ALIGNMENT, Block, DeviceMemory
 from .layer import Layer, resident_dtype
@@ -124,6 +124,8 @@ class LayerMover:
 
     def _replace(self, block: Block | None, kind: str, nbytes: int) -> Block | None:
         if block is not None:
+            # Copies that were cancelled may still be running into it.
+            self.engine.drain()
             self.memory.free(block)
         return self.memory.allocate(kind, nbytes) if nbytes else None
 
@@ -150,7 +152,7 @@ class LayerMover:
         if not layer.stays_bound and layer.pieces:
             self._bring(layer)
             self._push_scratch(layer)
-            layer.bind(self._region_block(layer), self._scratch_block)
+            layer.bind(self._region_block(layer))
         layer.bound = 1
 
     def release(self, layer: Layer) -> None:
@@ -273,7 +275,7 @@ class LayerMover:
         block = self._region_block(layer)
         layer.region = layer.home = None
         token = self.engine.done()
-        if self._poison and block is not None:
+        if self._poison and block is not None and home is not block:
             used = block.bytes[region.offset : region.offset + region.nbytes]
             self.engine.poison(used, token)
         if isinstance(home, Block):
@@ -289,14 +291,27 @@ class LayerMover:
         if not size:
             return
         pushed = self._scratch.push(size) if size <= self._scratch.capacity else None
-        if pushed is None:
+        if pushed is not None:
+            layer.scratch, tokens = pushed
+            layer.scratch_block = self._scratch_block
+            self.engine.order_after(tokens)
+            return
+        try:  # more is in use at once than the plan knows of, as in `_room`
+            layer.scratch_block = self.memory.allocate("casts", size, layer.name)
+        except BaseException:
             self._free_region(layer)
-            raise BudgetExceededError(
-                f"{layer.name} needs {size} bytes for its cast while other layers are "
-                "in use; the plan did not foresee them at once. Raise limit_gb"
-            )
-        layer.scratch, tokens = pushed
-        self.engine.order_after(tokens)
+            raise
+        layer.scratch = Region(0, size)
+
+    def _free_scratch(self, layer: Layer) -> None:
+        region, block = layer.scratch, layer.scratch_block
+        if region is None or block is None:
+            return
+        layer.scratch = layer.scratch_block = None
+        if block is self._scratch_block:
+            self._scratch.pop(region, self.engine.done())
+        else:
+            self.memory.free(block)
 
     def _unbind(self, layer: Layer) -> None:
         """Swap a bound layer back to its masters and free what it used."""
@@ -305,9 +320,7 @@ class LayerMover:
             layer.copied_revision = -1
         layer.put_to_rest()
         layer.stays_bound = False
-        if layer.scratch is not None:
-            self._scratch.pop(layer.scratch, self.engine.done())
-            layer.scratch = None
+        self._free_scratch(layer)
         self._free_region(layer)
 
     # -- prefetch -------------------------------------------------------------------
@@ -363,6 +376,7 @@ class LayerMover:
             self._cancel(layer)
         if layer.stays_bound and not layer.bound:
             self._unbind(layer)
+        self.engine.drain()  # a cancelled copy may still be running into its blocks
         for block in layer.resident or ():
             self.memory.free(block)
         layer.resident = None
@@ -372,7 +386,7 @@ class LayerMover:
         """Bring what was written to a resident into its masters."""
         if layer.stays_bound and layer.write_back():
             layer.copied_revision = layer_revision_at_rest(layer)
-            layer.bind(None, None)
+            layer.bind(None)
 
     def drop_all(self) -> None:
         """Put every layer to rest and give all memory back, from whatever state.
@@ -384,12 +398,16 @@ class LayerMover:
         for layer in self.layers:
             if layer.copy is not None:
                 self._cancel(layer)
+            if layer.stands_in:
+                layer.put_to_rest()
+                layer.stands_in = False
             if layer.bound or layer.stays_bound:
                 layer.bound = 0
                 if layer.pieces:
                     self._unbind(layer)
-            if layer.region is not None:  # an interrupt fell between two steps
-                self._free_region(layer)
+            # An interrupt may have fallen between two steps.
+            self._free_scratch(layer)
+            self._free_region(layer)
             if layer.resident is not None:
                 self.evict(layer)
             layer.keep = False

@@ -3,9 +3,12 @@
 [Note: page-locking]
 CUDA can lock memory that exists already (``cudaHostRegister``): nothing is copied and
 nothing is rounded up, unlike allocating page-locked memory and moving the weights
-there. Whole pages are locked, and locking a page twice fails, so the pages of tensors
-that share some are locked as one range. A range must be unlocked before its memory
-goes back to the system; `PageLock` therefore holds the tensors until it has done so.
+there. Whole pages are locked. A page that the weights share with other data must not
+be: a copy from other memory that lies half on it fails ("invalid argument"), and it
+would be a user's input. Large tensors have pages of their own; small ones mostly come
+from the middle of malloc's heap and are moved together into a slab that is locked as
+one (and back at detach). A range must be unlocked before its memory goes back to the
+system; `PageLock` therefore holds the tensors until it has done so.
 
 What is not locked (the cap is met, the system refuses, another device type) goes
 through the copy engine's staging buffers instead: slower, and otherwise the same.
@@ -13,8 +16,10 @@ through the copy engine's staging buffers instead: slower, and otherwise the sam
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,6 +34,7 @@ logger = logging.getLogger(__name__)
 # Of the memory that is there: the system and other programs must be able to work, and
 # locked pages can neither be swapped out nor moved.
 _LOCKED_SHARE = 0.9
+_SLAB_ALIGNMENT = 64  # what PyTorch's own CPU allocator gives
 
 
 class PageLock:
@@ -44,6 +50,7 @@ class PageLock:
         "_cap",
         "_device",
         "_held",
+        "_moved",
         "_ranges",
         "_release",
         "locked_bytes",
@@ -54,6 +61,7 @@ class PageLock:
         self._cap = cap_bytes
         self._held: list[torch.Tensor] = []
         self._ranges: list[int] = []
+        self._moved: list[Master] = []  # into slabs
         self.locked_bytes = 0
         # Also when a model is dropped without detach.
         self._release = weakref.finalize(self, _unlock, self._ranges, self._held)
@@ -66,6 +74,10 @@ class PageLock:
         total = sum(master.nbytes for master in waiting)
         cap = (_default_cap() if self._cap is None else self._cap) - self.locked_bytes
         chosen = _evenly(waiting, min(max(cap, 0) / total, 1.0))
+        guests = [master for master in chosen if not _has_own_pages(master.flat)]
+        if guests:
+            _move_into_slab(guests)
+            self._moved += guests
         refused = 0
         for start, end, members in _page_ranges(chosen):
             if not _register(start, end - start, self._device):
@@ -88,11 +100,68 @@ class PageLock:
             )
 
     def unlock(self, masters: Iterable[Master]) -> None:
-        """Unlock everything; the masters may be freed afterwards."""
+        """Unlock everything; the masters may be freed afterwards.
+
+        They must be at rest. Those that were moved into a slab get memory of their own.
+        """
         for master in masters:
             master.pinned = False
         _unlock(self._ranges, self._held)
         self.locked_bytes = 0
+        for master in self._moved:
+            if master.in_ram:
+                master.become(master.flat.clone(), None)
+        self._moved = []
+
+
+def _has_own_pages(flat: torch.Tensor) -> bool:
+    """Tell whether no other allocation lies on the pages of a tensor's storage.
+
+    True for files and other maps that begin with the storage, and for what glibc's
+    malloc gave a map of its own, as it does from 32 MiB on at the latest. That is read
+    off the two words which glibc keeps in front of an allocation: the distance to the
+    start of the map, and the size with flag 2 ("mmapped") alone; start and end of the
+    map must then fall on pages (malloc/malloc.c, "struct malloc_chunk"). In doubt the
+    answer is no.
+    """
+    page = mmap.PAGESIZE
+    storage = flat.untyped_storage()
+    start, nbytes = storage.data_ptr(), storage.nbytes()
+    if start % page == 0:
+        return start in _starts_of_maps()
+    if start % page < 16 or not sys.platform.startswith("linux"):
+        return False
+    chunk = start - 16
+    before, word = (ctypes.c_size_t * 2).from_address(chunk)
+    size = word & ~7
+    spare = chunk + size - (start + nbytes)
+    return (
+        word & 7 == 2
+        and (chunk - before) % page == 0
+        and (before + size) % page == 0
+        and 0 <= spare <= page + _SLAB_ALIGNMENT
+    )
+
+
+def _starts_of_maps() -> set[int]:
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {int(line.split("-", 1)[0], 16) for line in lines}
+
+
+def _move_into_slab(masters: Sequence[Master]) -> None:
+    """Move masters that share pages with other data into pages of their own."""
+    offsets, end = [], 0
+    for master in masters:
+        offsets.append(end)
+        end += -(-master.nbytes // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
+    slab = torch.frombuffer(mmap.mmap(-1, max(end, 1)), dtype=torch.uint8)
+    for master, offset in zip(masters, offsets, strict=True):
+        place = slab[offset : offset + master.nbytes].view(master.flat.dtype)
+        place.copy_(master.flat)
+        master.become(place, None)
 
 
 def _evenly(masters: list[Master], share: float) -> list[Master]:

@@ -193,8 +193,9 @@ class Probe(TorchFunctionMode):
         for value in values:
             if isinstance(value, torch.Tensor):
                 found = self._layers.get(id(value))
-                if found is not None and not found[0].bound:
-                    self._use(func, *found)
+                if found is None or found[0].bound or found[0].stands_in:
+                    continue
+                self._use(func, *found)
             elif isinstance(value, list | tuple):
                 self._look(func, value)
 

@@ -354,7 +354,6 @@ class Session:
 
     def _take_over_replaced(self) -> None:
         """Manage parameters that replaced others (``load_state_dict(assign=True)``)."""
-        self._release_always()
         self._rebuild()
         self._page_lock.unlock(self.store.masters)
         self.store.replace_masters(self._assembly.moved_masters, self.policy.offload)
@@ -371,9 +370,12 @@ class Session:
     def _rebuild(self) -> None:
         self.remove_hooks()
         self.mover.drop_all()
+        self._release_always()
         self._build(partition(self.model, self.map, self._joined))
         self.register_hooks()
         self.state_hooks.renew()
+        if self.onloaded:
+            self._bind_always()
 
     # -- states ---------------------------------------------------------------------
 
@@ -418,7 +420,7 @@ class Session:
             block = memory.allocate("always", size, master.name)
             layer.resident.append(block)
             block.typed(dtype)[: master.count].copy_(master.flat)
-        layer.bind(None, None)
+        layer.bind(None)
         layer.stays_bound = True
 
     def _release_always(self) -> None:
@@ -491,11 +493,13 @@ class Session:
                     member.shape[1], dtype=dtype, device=self.policy.compute_device
                 )
             self._stand_in = row
+        layer.stands_in = True
         member.tensor.data = row[: member.shape[1]].expand(member.shape)
 
     def take_stand_in_away(self, layer: Layer) -> None:
         """Point an embedding's weight at its master again."""
         layer.masters[0].put_to_rest()
+        layer.stands_in = False
 
     def count_moved(self, layer: Layer, nbytes: int) -> None:
         """Count bytes that crossed the link without a copy of a layer."""

@@ -201,16 +201,15 @@ def test_peak_of_the_allocator_is_within_the_limit_from_the_first_forward_on(
     limit_mib: int,
 ) -> None:
     model = Wide(12)
-    torch.cuda.reset_peak_memory_stats()
-    assert torch.cuda.memory_allocated() < 40 * MIB
-    with ho.offloaded(model, limit_gb=limit_mib / 1024), torch.no_grad():
+    on_gpu(model, torch.randn(4, 2048))  # the matrix library takes its workspace
+    limit = limit_mib * MIB + torch.cuda.memory_allocated()
+    with ho.offloaded(model, limit_gb=limit / 2**30), torch.no_grad():
         for rows in (64, 256, 64, 1024, 16, 1024):
             torch.cuda.reset_peak_memory_stats()
             model(torch.randn(rows, 2048))
-            assert torch.cuda.max_memory_allocated() <= limit_mib * MIB
-        plan = ho.offload_plan(model)
-        assert plan.resident or limit_mib == 130
-        assert ho.offload_stats(model).peak_bytes <= limit_mib * MIB
+            assert torch.cuda.max_memory_allocated() <= limit
+        assert ho.offload_plan(model).resident or limit_mib < 200
+        assert ho.offload_stats(model).peak_bytes <= limit
 
 
 def test_steady_pass_does_not_synchronise_and_allocates_what_the_model_does() -> None:
@@ -267,7 +266,7 @@ def test_a_layer_that_is_skipped_now_and_then_costs_no_wrong_result(
 
 
 def test_when_everything_fits_no_hook_is_on_the_path() -> None:
-    model = Wide(3)
+    model = Wide(8)
     x = torch.randn(8, 2048)
     with ho.offloaded(model, limit_gb=4), torch.no_grad():
         for _ in range(3):
