@@ -108,26 +108,33 @@ class LayerMover:
     def _resize(self, plan: Plan) -> None:
         # Regions are aligned: what is left over behind the last would never be used.
         ring_bytes = plan.ring_bytes // ALIGNMENT * ALIGNMENT
-        if self._ring.capacity != ring_bytes:
-            self._ring_block = self._replace(self._ring_block, "window", ring_bytes)
-            self._ring = RegionRing(ring_bytes)
-        if self._stack.capacity != plan.stack_bytes:
-            self._stack_block = self._replace(
-                self._stack_block, "window", plan.stack_bytes
-            )
-            self._stack = RegionStack(plan.stack_bytes)
-        if self._scratch.capacity != plan.scratch_bytes:
-            self._scratch_block = self._replace(
-                self._scratch_block, "casts", plan.scratch_bytes
-            )
-            self._scratch = RegionStack(plan.scratch_bytes)
+        have = (self._ring.capacity, self._stack.capacity, self._scratch.capacity)
+        want = (ring_bytes, plan.stack_bytes, plan.scratch_bytes)
+        if have == want:
+            return
+        self._free_window()
+        self._ring, self._stack, self._scratch = (
+            RegionRing(want[0]),
+            RegionStack(want[1]),
+            RegionStack(want[2]),
+        )
+        self._ring_block, self._stack_block, self._scratch_block = (
+            self.memory.allocate(kind, nbytes) if nbytes else None
+            for kind, nbytes in zip(("window", "window", "casts"), want, strict=True)
+        )
 
-    def _replace(self, block: Block | None, kind: str, nbytes: int) -> Block | None:
-        if block is not None:
-            # Copies that were cancelled may still be running into it.
-            self.engine.drain()
-            self.memory.free(block)
-        return self.memory.allocate(kind, nbytes) if nbytes else None
+    def _free_window(self) -> None:
+        """Give window and scratch back, before anything is taken instead of them."""
+        blocks = [self._ring_block, self._stack_block, self._scratch_block]
+        self._ring_block = self._stack_block = self._scratch_block = None
+        self._ring, self._stack = RegionRing(0), RegionStack(0)
+        self._scratch = RegionStack(0)
+        # Copies that were cancelled may still be running into them.
+        self.engine.drain()
+        while blocks:
+            block = blocks.pop()
+            if block is not None:
+                self.memory.free(block)
 
     def _residence(self, layer: Layer) -> list[Block]:
         blocks: list[Block] = []
@@ -411,12 +418,7 @@ class LayerMover:
             if layer.resident is not None:
                 self.evict(layer)
             layer.keep = False
-        for block in (self._ring_block, self._stack_block, self._scratch_block):
-            if block is not None:
-                self.memory.free(block)
-        self._ring_block = self._stack_block = self._scratch_block = None
-        self._ring, self._stack = RegionRing(0), RegionStack(0)
-        self._scratch = RegionStack(0)
+        self._free_window()
         self._under_way = 0
         self.plan = None
 

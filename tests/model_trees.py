@@ -7,8 +7,10 @@ it, with the same bits each time, so that two builds are a model and its referen
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,9 +232,10 @@ def _normalise(module: nn.Module, norm: str) -> None:
         parametrize.register_parametrization(module, "weight", _Halved())
 
 
+@functools.lru_cache
 def specs(
     *,
-    writes: Collection[str] = ("parameters", "buffers", "objects"),
+    writes: frozenset[str] = frozenset({"parameters", "buffers", "objects"}),
     narrow_buffers_change: bool = True,
     depth: int = 3,
 ) -> st.SearchStrategy[Spec]:
@@ -244,88 +247,89 @@ def specs(
             than float32.
         depth: The most blocks that lie inside one another.
     """
-    leaves = _leaves(writes, narrow_buffers_change)
-    owned = _owned(writes, narrow_buffers_change)
+    kinds = [
+        [spec for spec in kind if spec.writes <= writes]
+        for kind in _leaves("float32" if not narrow_buffers_change else "")
+    ]
+    # A choice among kinds first: as a plain union, blocks would be one kind in many.
+    leaves = st.sampled_from([kind for kind in kinds if kind]).flatmap(st.sampled_from)
+    owned = [
+        own
+        for own in _owned()
+        if Spec("block", own=(own,)).writes <= writes
+        and (narrow_buffers_change or not own.write or own.dtype not in FLOATS[1:3])
+    ]
     tree = leaves
     for level in range(depth):
-        root = level == depth - 1
-        block = _blocks(tree, owned)
-        tree = block if root else st.one_of(leaves, leaves, block)
+        nodes = st.one_of(leaves, leaves, tree) if level else leaves
+        tree = _blocks(nodes, st.sampled_from(owned))
     return tree
 
 
 def _blocks(
     children: st.SearchStrategy[Spec], owned: st.SearchStrategy[Own]
 ) -> st.SearchStrategy[Spec]:
+    looks = [
+        Spec("block", variant=variant, frozen=frozen, pack=pack)
+        for frozen in (False, True)
+        for variant in ("", "dict")
+        for pack in modules.PACKS
+    ]
     return st.builds(
-        Spec,
-        st.just("block"),
-        variant=st.sampled_from(["", "dict"]),
-        frozen=st.booleans(),
-        pack=st.sampled_from(list(modules.PACKS)),
-        own=st.lists(owned, max_size=2).map(tuple),
-        children=st.lists(children, min_size=1, max_size=4).map(tuple),
+        lambda look, own, children: dataclasses.replace(
+            look, own=tuple(own), children=tuple(children)
+        ),
+        st.sampled_from(looks),
+        st.lists(owned, max_size=3),
+        st.lists(children, min_size=1, max_size=5),
     )
 
 
-def _owned(writes: Collection[str], narrow_change: bool) -> st.SearchStrategy[Own]:
-    @st.composite
-    def owned(draw: st.DrawFn) -> Own:
-        kind = draw(st.sampled_from(["parameter", "buffer", "hidden"]))
-        dtype = draw(st.sampled_from([*FLOATS, "int64", "uint8", "bool", "complex64"]))
-        shapes = ["row", "scalar", "empty", "columns", "steps", "expanded"]
-        shape = draw(st.sampled_from(shapes))
-        ways = [""]
-        if dtype != "bool" and shape != "expanded":
-            wide = narrow_change or dtype not in ("bfloat16", "float16")
-            if kind == "parameter" and "parameters" in writes:
-                ways.append("in place")
-            if kind != "parameter" and wide and "buffers" in writes:
-                ways.append("in place")
-            if kind != "parameter" and "objects" in writes:
-                ways.append("replace")
-        return Own(kind, dtype, shape, draw(st.sampled_from(ways)))
-
-    return owned()
-
-
-def _leaves(writes: Collection[str], narrow_change: bool) -> st.SearchStrategy[Spec]:
-    floats = st.sampled_from([FLOATS[0], *FLOATS])
-    wide = st.just(FLOATS[0])
-    frozen = st.booleans()
-    target = st.integers(0, 9)
-    changing = floats if narrow_change else wide
-
-    def leaf(kind: str, *variants: str, **more: Any) -> st.SearchStrategy[Spec]:
-        fields = {"dtype": floats, "variant": _one_of(["", *variants])}
-        fields |= {"frozen": frozen, **more}
-        return st.builds(Spec, st.just(kind), **fields)
-
-    norms = ["", "hook", "weight", "halved"]
-    found = [
-        leaf("linear", "bare", hook=_one_of(["", "pre", "post", "bomb"])),
-        leaf("linear", layout=_one_of(["turned", "steps", "roomy"])),
-        leaf("linear", tie=_one_of(["same", "view", "shifted"]), target=target),
-        leaf("linear", norm=_one_of(norms), hook=_one_of(["", "post"])),
-        leaf("conv", "2d", norm=_one_of(norms)),
-        leaf("embedding", "padding_idx"),
-        leaf("layernorm"),
-        leaf("attention"),
-        leaf("attention", "encoder", dtype=_one_of(["float32", "bfloat16"])),
-        leaf("recurrent", "lstm"),
-        leaf("listed", "dict"),
-        leaf("sideways", "alias", "dtype", "late", "far", target=target),
-        leaf("table", "slice", "whole", "turned"),
-        leaf("dropout"),
-        st.builds(Spec, st.just("shared"), target=target),
+def _owned() -> list[Own]:
+    return [
+        Own(kind, dtype, shape, write)
+        for write in ("", "in place", "replace")
+        for shape in ("row", "scalar", "empty", "columns", "steps", "expanded")
+        for kind in ("parameter", "buffer", "hidden")
+        for dtype in (*FLOATS, "int64", "uint8", "bool", "complex64")
+        if not (write and (dtype == "bool" or shape == "expanded"))
+        and not (write == "replace" and kind == "parameter")
     ]
-    if "buffers" in writes:
-        found.append(leaf("batchnorm", dtype=changing))
-        found.append(leaf("linear", norm=st.just("spectral"), dtype=wide))
-    if "parameters" in writes:
-        found.append(leaf("embedding", variant=_one_of(["max_norm"]), dtype=floats))
-    return st.one_of(found)
 
 
-def _one_of(values: Sequence[str]) -> st.SearchStrategy[str]:
-    return st.sampled_from(list(values))
+def _leaves(changing_dtype: str) -> list[list[Spec]]:
+    """Lists the leaves, one list a kind.
+
+    Args:
+        changing_dtype: The only dtype for modules that change their buffers; "" allows
+            all.
+    """
+
+    def leaf(kind: str, **choices: Sequence[Any]) -> list[Spec]:
+        choices = {"dtype": FLOATS, **choices, "frozen": (False, True)}
+        combined = itertools.product(*choices.values())
+        return [Spec(kind, **dict(zip(choices, c, strict=True))) for c in combined]
+
+    hooks = ["", "pre", "post", "bomb"]
+    norms = ["hook", "weight", "halved"]
+    targets = range(4)
+    changing = [changing_dtype] if changing_dtype else FLOATS
+    return [
+        leaf("linear", variant=["", "bare"], hook=hooks),
+        leaf("linear", layout=["turned", "steps", "roomy"]),
+        leaf("linear", tie=["same", "view", "shifted"], target=targets),
+        leaf("linear", norm=norms, hook=["", "post"]),
+        leaf("linear", norm=["spectral"], dtype=["float32"]),
+        leaf("conv", variant=["", "2d"], norm=["", *norms]),
+        leaf("embedding", variant=["", "padding_idx", "max_norm"]),
+        leaf("layernorm"),
+        leaf("batchnorm", dtype=changing),
+        leaf("attention"),
+        leaf("attention", variant=["encoder"], dtype=FLOATS[:2]),
+        leaf("recurrent", variant=["", "lstm"]),
+        leaf("listed", variant=["", "dict"]),
+        leaf("sideways", variant=["", "alias", "dtype", "late", "far"]),
+        leaf("table", variant=["", "slice", "whole", "turned"]),
+        leaf("dropout", dtype=FLOATS[:1]),
+        [Spec("shared", target=target) for target in targets],
+    ]

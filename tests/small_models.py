@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def tokens(seed: int = 0, batch: int = 2) -> torch.Tensor:
 def chain(*widths: int, seed: int = 0) -> nn.Sequential:
     """Return linear layers, one behind the other."""
     torch.manual_seed(seed)
-    pairs = zip(widths, widths[1:], strict=False)
+    pairs = itertools.pairwise(widths)
     return nn.Sequential(*[nn.Linear(a, b) for a, b in pairs]).eval()
 
 

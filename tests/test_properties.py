@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tests.twins import (
     Forward,
     Load,
     Move,
+    Place,
     PolicySpec,
     Reattach,
     State,
@@ -52,86 +55,101 @@ def _one_thread() -> Iterator[None]:
 
 @st.composite
 def policies(draw: st.DrawFn) -> PolicySpec:
-    places = [("disk", "disk"), ("disk", "cpu"), ("cpu", "cpu")]
-    rests, waits = draw(st.sampled_from(places))
-    narrow = ["float8_e4m3fn", "float8_e5m2"]
+    rest, wait = draw(st.sampled_from(_PLACES))
     rest_dtype = wait_dtype = compute_dtype = ""
-    # Nothing rests in host RAM and computes there, unless it is cast.
-    if waits == "cpu" or draw(st.booleans()):
-        rest_dtype = draw(st.sampled_from(["", *FLOATS, *narrow]))
-        compute_dtype = draw(st.sampled_from(["", *FLOATS]))
-        if (rests, waits) == ("disk", "cpu"):
-            wait_dtype = draw(st.sampled_from(["", "", *FLOATS, *narrow]))
-    residents = ["default", "default", "none", "cast"]
-    limits = st.sampled_from([None, 0, "0", "0.02", "0.1", "0.3", "0.5", "1"])
+    # Nothing moves from host RAM to a CPU unless it is cast.
+    if wait == "cpu" or draw(st.booleans()):
+        rest_dtype, wait_dtype, compute_dtype = draw(st.sampled_from(_DTYPES))
     return PolicySpec(
-        offload=rests,
-        onload=waits,
+        offload=rest,
+        onload=wait,
         offload_dtype=rest_dtype,
-        onload_dtype=wait_dtype,
+        onload_dtype=wait_dtype if (rest, wait) == ("disk", "cpu") else "",
         compute_dtype=compute_dtype,
         short=draw(st.booleans()),
-        residents=draw(st.sampled_from(residents)) if compute_dtype else "default",
-        limit=draw(limits),
-        module_map=draw(
-            st.lists(
-                st.sampled_from(_MAPPED), max_size=2, unique_by=lambda pair: pair[0]
-            ).map(tuple)
-        ),
+        residents=draw(st.sampled_from(_RESIDENTS)) if compute_dtype else "default",
+        limit=draw(st.sampled_from(_LIMITS)),
+        module_map=draw(st.sampled_from(_MAPS)),
         debug=draw(st.booleans()),
     )
 
 
+_PLACES: list[tuple[Place, Place]] = [("disk", "disk"), ("disk", "cpu"), ("cpu", "cpu")]
+_NARROW = ("float8_e4m3fn", "float8_e5m2")
+_DTYPES = [
+    (rest, wait, compute)
+    for compute in ("", *FLOATS)
+    for wait in ("", *FLOATS, *_NARROW)
+    for rest in ("", *FLOATS, *_NARROW)
+]
+_RESIDENTS = ["default", "default", "none", "cast"]
+_LIMITS = [None, 0, "0", "0.02", "0.1", "0.3", "0.5", "1"]
+_MAPS = [
+    (),
+    (),
+    *itertools.combinations(_MAPPED, 1),
+    *itertools.combinations(_MAPPED, 2),
+]
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    chosen = draw(st.lists(policies(), min_size=1, max_size=2).map(tuple))
+    chosen = draw(_SOME_POLICIES)
     casts = any(policy.casts for policy in chosen)
     computed = {policy.compute_dtype for policy in chosen}
-    writes = ["parameters"] if not casts else []
+    writes = {"parameters"} if not casts else set()
     # What is written in float64 does not go back into narrower masters unrounded.
     if "float64" not in computed:
-        writes += ["buffers"]
+        writes.add("buffers")
     if computed == {""}:
-        writes += ["objects"]
-    spec = draw(specs(writes=writes, narrow_buffers_change=computed == {""}))
-    modes = ["no_grad", "inference", "autocast", "grad"]
-    if "objects" in spec.writes:
-        modes.remove("inference")  # its tensors cannot be written to later
+        writes.add("objects")
+    spec = draw(
+        specs(
+            writes=frozenset(writes),
+            narrow_buffers_change=computed == {""},
+        )
+    )
+    # A forward that replaces tensors makes inference tensors, and nobody can write to
+    # those later.
+    inference = "objects" not in spec.writes
+    return Case(spec, chosen, draw(_actions(inference=inference, assign=not casts)))
+
+
+_SOME_POLICIES = st.lists(policies(), min_size=1, max_size=2).map(tuple)
+
+
+@functools.lru_cache
+def _actions(*, inference: bool, assign: bool) -> st.SearchStrategy[tuple[Action, ...]]:
+    modes = ["no_grad", "autocast", "grad", *(["inference"] if inference else [])]
     numbers = st.lists(st.integers(0, 9), max_size=3).map(tuple)
     seeds = st.integers(0, 99)
-    plain = st.builds(Forward, seed=seeds)
     forwards = st.builds(
         Forward,
         mode=st.sampled_from(modes),
         skip=numbers,
         repeat=numbers,
-        fail=st.one_of(st.just(0), st.integers(0, 20)),
+        fail=st.one_of(st.just(0), st.integers(0, 30)),
         stop=st.sampled_from([False, False, True]),
         batch=st.integers(1, 3),
         seed=seeds,
-        part=st.one_of(st.just(0), st.integers(0, 9)),
+        part=st.one_of(st.just(0), st.just(0), st.integers(0, 9)),
         handling=st.sampled_from([False, False, True]),
     )
-    others: list[st.SearchStrategy[Action]] = [
-        st.builds(Train, on=st.booleans()),
-        st.builds(State),
-        st.builds(
-            Load,
-            assign=st.just(False) if casts else st.booleans(),
-            step=st.integers(1, 2),
-            seed=seeds,
-        ),
-        st.builds(
-            Edit,
-            index=st.integers(0, 30),
-            how=st.sampled_from(["copy", "swap", "data"]),
-            seed=seeds,
-        ),
-        st.builds(Move, there=st.booleans()),
-        st.builds(Reattach),
+    loads = [
+        Load(assign=assigned, step=step)
+        for assigned in ([False, True] if assign else [False])
+        for step in (1, 2)
     ]
-    actions = st.lists(st.one_of(plain, forwards, *others), min_size=1, max_size=7)
-    return Case(spec, chosen, tuple(draw(actions)))
+    ways = st.sampled_from(["copy", "swap", "data"])
+    action = st.one_of(
+        st.builds(Forward, mode=st.sampled_from(modes), seed=seeds),
+        forwards,
+        st.sampled_from([State(), Train(), Train(on=False)]),
+        st.sampled_from([Move(there=True), Move(), Reattach()]),
+        st.sampled_from(loads),
+        st.builds(Edit, index=st.integers(0, 30), how=ways, seed=seeds),
+    )
+    return st.lists(action, min_size=1, max_size=12).map(tuple)
 
 
 @settings(max_examples=3 * settings.default.max_examples)

@@ -90,6 +90,8 @@ class Traces:
         for one, other, distance in self._ties:
             if {id(one), id(other)} <= present:
                 assert other.data_ptr() - one.data_ptr() == distance, "untied"
+        left = [entry for entry in _hooks(self._model) if entry not in self._hooks]
+        assert not left, f"hooks: {left}"
         assert _hooks(self._model) == self._hooks
         assert _keys(self._model) == self._keys
         assert set(threading.enumerate()) <= self._threads

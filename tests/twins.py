@@ -38,7 +38,7 @@ from tests.tree_modules import (
     unpack,
 )
 
-Device = Literal["cpu", "disk"]
+Place = Literal["cpu", "disk"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,8 +60,8 @@ class PolicySpec(Printed):
         debug: As the policy's.
     """
 
-    offload: Device = "cpu"
-    onload: Device = "cpu"
+    offload: Place = "cpu"
+    onload: Place = "cpu"
     offload_dtype: str = ""
     onload_dtype: str = ""
     compute_dtype: str = ""
@@ -291,7 +291,7 @@ class Twin:
         if self._policy.casts:
             self._cast_rest(lambda own: own)
             for rest, tensor in self._pairs():
-                rest.data.copy_(tensor.data)
+                _give(rest, tensor.data)
 
     def give_up(self) -> None:
         """Detaches whatever has happened; compares no values."""
@@ -393,13 +393,14 @@ class Twin:
     def _load(self, action: Load) -> None:
         state = self._rest.state_dict()
         for index, name in enumerate(list(state)):
-            if index % action.step:
+            if index % action.step or 0 in state[name].stride():
                 del state[name]
             else:
                 state[name] = _new_values(state[name], action.seed + index)
+        complete = len(state) == len(self._rest.state_dict())
         for model in (self.model, self._rest):
             own = {name: tensor.clone() for name, tensor in state.items()}
-            model.load_state_dict(own, strict=action.step == 1, assign=action.assign)
+            model.load_state_dict(own, strict=complete, assign=action.assign)
         self._interrupted = False
         if action.assign:
             self._traces.note_tensors()
@@ -410,7 +411,7 @@ class Twin:
         references = list(tensors_of(self._rest).values())
         index = action.index % len(tensors)
         for tensor in (tensors[index], references[index]):
-            if any(step == 0 for step in tensor.stride()):
+            if 0 in tensor.stride():
                 return
             new = _new_values(tensor, action.seed)
             # Swapped data must not untie the reference's tensors.
@@ -433,7 +434,7 @@ class Twin:
             value = rest.data
             if isinstance(rest, nn.Parameter) and own.is_floating_point:
                 value = value.to(self._policy.waiting(own))
-            tensor.data.copy_(value)
+            _give(tensor, value)
 
     def _write_back(self) -> None:
         if self._computing is self._rest:
@@ -570,6 +571,14 @@ def _new_values(tensor: Tensor, seed: int) -> Tensor:
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         return (numbers / 8).to(tensor.dtype)
     return numbers.abs().to(tensor.dtype)
+
+
+def _give(tensor: Tensor, value: Tensor) -> None:
+    """Copies a value, also to a tensor whose elements share memory."""
+    if 0 in tensor.stride():
+        tensor.data = value[:1].to(tensor.dtype).expand(tensor.shape)
+    else:
+        tensor.data.copy_(value)
 
 
 def _cast_tied(model: nn.Module, dtypes: Iterable[torch.dtype]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import common
 import torch
-from subject import DTYPE, Subject, normal
+from subject import DTYPE, Subject, empty, normal
 from torch import nn
 
 HEAD_WIDTH = 128
@@ -50,7 +50,9 @@ class DiT(Subject):
         try:
             from diffusers.models.transformers import transformer_qwenimage
         except ImportError as error:
-            sys.exit(f"this model comes from diffusers: pip install diffusers ({error})")
+            sys.exit(
+                f"this model comes from diffusers: pip install diffusers ({error})"
+            )
         return transformer_qwenimage
 
     @staticmethod
@@ -66,8 +68,8 @@ class DiT(Subject):
                 num_layers=1 if sample else self.layers,
                 num_attention_heads=self.heads,
             )
-        model.to(DTYPE).pos_embed = self.positions
-        return model  # type: ignore[no-any-return]
+        model.pos_embed = self.positions
+        return empty(model)
 
     def inputs(self, resolution: int, device: torch.device) -> dict[str, Any]:
         """Returns the arguments of a forward, the same ones each time."""

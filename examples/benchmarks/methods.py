@@ -95,9 +95,7 @@ def _diffusers_leaf(model: nn.Module, way: Way) -> object:
 
 
 def _diffusers_block(model: nn.Module, way: Way) -> object:
-    return _diffusers(
-        model, way, offload_type="block_level", num_blocks_per_group=1
-    )
+    return _diffusers(model, way, offload_type="block_level", num_blocks_per_group=1)
 
 
 def _diffusers(model: nn.Module, way: Way, **how: object) -> object:

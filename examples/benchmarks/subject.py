@@ -74,36 +74,41 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
+def empty(model: nn.Module) -> nn.Module:
+    """Gives a model on the meta device the dtype that is measured."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPE)
+    return model
+
+
 def build(subject: Subject) -> nn.Module:
     """Returns the model with its weights in RAM, made by several threads.
 
-    Every process that builds a subject gets the same weights. No thread pool of
-    PyTorch's is started: one would not survive a fork.
+    Every process that builds a subject gets the same weights.
     """
-    with _single_threaded():
-        model = subject.skeleton().to_empty(device="cpu")
-        if next(model.buffers(), None) is not None:
-            raise RuntimeError(f"{subject.name}: to_empty() left buffers without values")
-        generator = torch.Generator().manual_seed(SEED)
-        block = torch.empty(_BLOCK).normal_(0, _SCALE, generator=generator).to(DTYPE)
-        places = random.Random(SEED)
+    model = subject.skeleton().to_empty(device="cpu")
+    if next(model.buffers(), None) is not None:
+        raise RuntimeError(f"{subject.name}: to_empty() left buffers without values")
+    generator = torch.Generator().manual_seed(SEED)
+    block = torch.empty(_BLOCK).normal_(0, _SCALE, generator=generator).to(DTYPE)
+    places = random.Random(SEED)
 
-        def fill(name: str, values: Tensor, place: int) -> None:
-            flat, done = values.view(-1), 0
-            while done < flat.numel():
-                count = min(flat.numel() - done, _BLOCK - place)
-                flat[done : done + count].copy_(block[place : place + count])
-                done, place = done + count, 0
-            if values.dim() == 1 and name.endswith("weight"):
-                flat += 1  # a norm scales by about one
+    def fill(name: str, values: Tensor, place: int) -> None:
+        flat, done = values.view(-1), 0
+        while done < flat.numel():
+            count = min(flat.numel() - done, _BLOCK - place)
+            flat[done : done + count].copy_(block[place : place + count])
+            done, place = done + count, 0
+        if values.dim() == 1 and name.endswith("weight"):
+            flat += 1  # a norm scales by about one
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            filled = [
-                pool.submit(fill, name, parameter.data, places.randrange(_BLOCK))
-                for name, parameter in model.named_parameters()
-            ]
-        for each in filled:
-            each.result()
+    with ThreadPoolExecutor(THREADS) as pool:
+        filled = [
+            pool.submit(fill, name, parameter.data, places.randrange(_BLOCK))
+            for name, parameter in model.named_parameters()
+        ]
+    for each in filled:
+        each.result()
     return model.eval().requires_grad_(False)
 
 
@@ -113,13 +118,13 @@ def own_pages(model: nn.Module) -> None:
     Page-locking a page that is shared with the parent copies it first, one by one: a
     time that nobody pays who has loaded a model himself.
     """
-    with _single_threaded(), ThreadPoolExecutor(THREADS) as pool:
-        parameters = list(model.parameters())
+    parameters = list(model.parameters())
+    with ThreadPoolExecutor(THREADS) as pool:
         # All are copied before the first old one goes: what is freed in between would
         # be handed out again, in pieces.
         copies = list(pool.map(lambda parameter: parameter.data.clone(), parameters))
-        for parameter, copied in zip(parameters, copies, strict=True):
-            parameter.data = copied
+    for parameter, copied in zip(parameters, copies, strict=True):
+        parameter.data = copied
 
 
 def warm_kernels(subject: Subject, device: torch.device) -> None:
@@ -135,14 +140,3 @@ def warm_kernels(subject: Subject, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-
-
-class _single_threaded:  # noqa: N801
-    """Keeps PyTorch from computing in threads of its own."""
-
-    def __enter__(self) -> None:
-        self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self._threads)

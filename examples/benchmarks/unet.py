@@ -15,7 +15,7 @@ from typing import Any
 
 import common
 import torch
-from subject import DTYPE, Subject, normal
+from subject import DTYPE, Subject, empty, normal
 from torch import nn
 
 HEAD_WIDTH = 64
@@ -52,7 +52,9 @@ class UNet(Subject):
         try:
             from diffusers import UNet2DConditionModel
         except ImportError as error:
-            sys.exit(f"this model comes from diffusers: pip install diffusers ({error})")
+            sys.exit(
+                f"this model comes from diffusers: pip install diffusers ({error})"
+            )
         widths = tuple(self.channels * factor for factor in (1, 2, 4))
         with torch.device("meta"):
             model = UNet2DConditionModel(
@@ -77,7 +79,7 @@ class UNet(Subject):
                 addition_time_embed_dim=256,
                 projection_class_embeddings_input_dim=POOLED_WIDTH + TIME_IDS * 256,
             )
-        return model.to(DTYPE)  # type: ignore[no-any-return]
+        return empty(model)
 
     def inputs(self, resolution: int, device: torch.device) -> dict[str, Any]:
         """Returns the arguments of a forward, the same ones each time."""

@@ -1,0 +1,310 @@
+"""Weights that are read without a call of the module that owns them, without a map."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import _get_current_function_mode_stack
+
+from hookoffload import offload, offload_plan, offload_stats, offloaded
+from tests.real_models import REAL_MODELS, first_output
+from tests.samples import (
+    GIB,
+    STREAMING,
+    Picture,
+    Stack,
+    least_limit_gb,
+    linears,
+    run,
+    same_bits,
+    seen_inside,
+)
+
+ALL = pytest.mark.parametrize("fields", STREAMING.values(), ids=STREAMING)
+WIDTH = 16
+Use = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+
+class _Reader(nn.Module):
+    """Reads its child's tensors in one of many ways."""
+
+    def __init__(self, use: Use) -> None:
+        super().__init__()
+        self.before = nn.Linear(WIDTH, WIDTH)
+        self.child = nn.Linear(WIDTH, WIDTH)
+        self.other = nn.Linear(WIDTH, WIDTH)
+        self.use = use
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(self.use(self, self.before(x)))
+
+
+def _into(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    torch.matmul(x, weight, out=out)
+    return out
+
+
+USES: dict[str, Use] = {
+    "linear": lambda m, x: functional.linear(x, m.child.weight, m.child.bias),
+    "keywords": lambda m, x: functional.linear(input=x, weight=m.child.weight),
+    "operator": lambda m, x: x @ m.child.weight,
+    "reflected operator": lambda m, x: m.child.weight @ x.T,
+    "transposed": lambda m, x: x @ m.child.weight.T,
+    "index": lambda m, x: x * m.child.weight[3],
+    "slice": lambda m, x: x * m.child.weight[1:2, :],
+    "method": lambda m, x: x + m.child.weight.sum(0),
+    "in a list": lambda m, x: x @ torch.cat([m.child.weight, m.other.weight]).T[:, :16],
+    "in nested lists": lambda m, x: x * torch.stack((m.child.bias, m.other.bias))[0],
+    "einsum": lambda m, x: torch.einsum("bi,oi->bo", x, m.child.weight),
+    "data": lambda m, x: x @ m.child.weight.data,
+    "detach": lambda m, x: x @ m.child.weight.detach(),
+    "out": lambda m, x: _into(m.child.weight, x),
+    "a value": lambda m, x: x * float(m.child.bias.abs().max()),
+    "a list of numbers": lambda m, x: x * m.child.bias.tolist()[2],
+    "numpy": lambda m, x: x * torch.from_numpy(m.child.bias.detach().numpy().copy()),
+    "iteration": lambda m, x: x * sum(row[0] for row in m.child.weight),
+    "copy": lambda m, x: x @ torch.empty_like(m.child.weight).copy_(m.child.weight),
+    "sideways and called": lambda m, x: m.child(x @ m.child.weight),
+    "called and sideways": lambda m, x: m.child(x) @ m.child.weight,
+    "its own user": lambda m, x: functional.linear(x, m.before.weight),
+    "like its dtype": lambda m, x: m.child(x.float().to(m.child.weight.dtype)),
+    "many": lambda m, x: x @ sum(p for p in m.parameters() if p.dim() == 2),
+}
+
+
+def _assert_runs_alike(model: nn.Module, x: Any, fields: dict[str, Any]) -> None:
+    dtype = fields.get("compute_dtype", torch.float32)
+    x = x.to(dtype) if x.is_floating_point() else x
+    before = Picture(model)
+    want = run(copy.deepcopy(model).to(dtype), x)
+    with offloaded(model, **fields):
+        for _ in range(3):
+            assert same_bits(run(model, x), want)
+        offload(model)
+        assert same_bits(run(model, x), want)
+    assert before.differences(model) == []
+
+
+@ALL
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_weight_may_be_read_sideways(use: Use, fields: dict[str, Any]) -> None:
+    x = torch.randn(WIDTH, WIDTH)
+    _assert_runs_alike(nn.Sequential(_Reader(use), _Reader(use)), x, fields)
+
+
+@ALL
+def test_a_module_without_tensors_may_read_those_of_others(
+    fields: dict[str, Any],
+) -> None:
+    class Borrows(nn.Module):
+        def __init__(self, owner: nn.Module) -> None:
+            super().__init__()
+            self.owner = [owner]  # not a child
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.linear(x, self.owner[0].weight)
+
+    first = nn.Linear(WIDTH, WIDTH)
+    model = nn.Sequential(first, Borrows(first), nn.Linear(WIDTH, WIDTH))
+    x = torch.randn(2, WIDTH, dtype=fields.get("compute_dtype"))
+    weights = [first.weight.detach().to(x.dtype), model[2].weight.detach().to(x.dtype)]
+    want = functional.linear(x, weights[0], first.bias.detach().to(x.dtype))
+    want = functional.linear(want, weights[0])
+    want = functional.linear(want, weights[1], model[2].bias.detach().to(x.dtype))
+    with offloaded(model, **fields):
+        assert all(same_bits(run(model, x), want) for _ in range(3))
+
+
+class _Tied(nn.Module):
+    """A language model whose output weights are its embedding's, read sideways."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, WIDTH)
+        self.body = Stack(WIDTH, 2)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return functional.linear(self.body(self.embed(tokens)), self.embed.weight)
+
+
+@ALL
+@pytest.mark.parametrize("vocabulary", [30, 40_000])
+def test_an_embedding_may_be_the_output_layer(
+    vocabulary: int, fields: dict[str, Any]
+) -> None:
+    _assert_runs_alike(_Tied(vocabulary), torch.randint(0, 30, (2, 3)), fields)
+
+
+@ALL
+@pytest.mark.parametrize("vocabulary", [30, 40_000])
+def test_an_embedding_may_be_tied_to_a_head(
+    vocabulary: int, fields: dict[str, Any]
+) -> None:
+    model = nn.Sequential(
+        nn.Embedding(vocabulary, WIDTH), nn.Linear(WIDTH, vocabulary, bias=False)
+    )
+    model[1].weight = model[0].weight
+    _assert_runs_alike(model, torch.randint(0, 30, (2, 3)), fields)
+
+
+@ALL
+@pytest.mark.parametrize("name", REAL_MODELS)
+def test_real_models_need_no_map(name: str, fields: dict[str, Any]) -> None:
+    model, inputs = REAL_MODELS[name]()
+    dtype = fields.get("compute_dtype", torch.float32)
+    inputs = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    want = first_output(run(copy.deepcopy(model).to(dtype), **inputs))
+    with offloaded(model, **fields):
+        for _ in range(3):
+            assert same_bits(first_output(run(model, **inputs)), want)
+
+
+# -- what the probe costs and changes -----------------------------------------------
+
+
+def test_a_tensor_read_sideways_comes_with_its_user_from_the_second_pass_on() -> None:
+    model = nn.Sequential(_Reader(USES["linear"]), nn.Linear(WIDTH, WIDTH))
+    bound = seen_inside(model[0].other, lambda _: model[0].child.weight.data_ptr())
+    least = least_limit_gb(model, store="disk")
+    with offloaded(model, store="disk", limit_gb=0):
+        at_rest = model[0].child.weight.data_ptr()
+        for _ in range(3):
+            run(model, torch.randn(2, WIDTH))
+        assert at_rest not in bound
+        assert offload_plan(model).least_bytes > least * GIB
+        before = offload_stats(model)
+        run(model, torch.randn(2, WIDTH))
+        after = offload_stats(model)
+    moved = after.bytes_moved - before.bytes_moved
+    assert moved == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_the_probe_watches_the_first_pass_only() -> None:
+    model = Stack()
+    watching = seen_inside(
+        model.blocks[1].up, lambda _: len(_get_current_function_mode_stack())
+    )
+    with offloaded(model, store="disk", limit_gb=0):
+        for _ in range(3):
+            run(model, torch.randn(2, 32))
+        assert len(_get_current_function_mode_stack()) == 0
+    assert watching == [1, 0, 0]
+
+
+def test_an_exception_under_the_probe_leaves_no_mode_behind() -> None:
+    model = Stack()
+    with offloaded(model, store="disk", limit_gb=0):
+        for error in (RuntimeError, KeyboardInterrupt):
+
+            def explode(*_: object, error: type[BaseException] = error) -> None:
+                raise error
+
+            handle = model.blocks[1].up.register_forward_hook(explode)
+            with pytest.raises(error):
+                run(model, torch.randn(2, 32))
+            handle.remove()
+            # Ctrl-C leaves it until the next call, which cleans up behind it.
+            run(model, torch.randn(2, 32))
+            assert len(_get_current_function_mode_stack()) == 0
+    assert len(_get_current_function_mode_stack()) == 0
+
+
+class _Branches(nn.Module):
+    """Reads a weight sideways on one of two paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = linears(WIDTH, 4)
+        self.sideways = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x)
+        if self.sideways:
+            x = functional.linear(x, self.layers[2].weight)
+        return self.layers[3](x)
+
+
+@ALL
+def test_a_sideways_read_on_a_path_taken_later_works_when_tried_again(
+    fields: dict[str, Any],
+) -> None:
+    model, x = _Branches(), torch.randn(2, WIDTH, dtype=fields.get("compute_dtype"))
+    plain = copy.deepcopy(model).to(x.dtype)
+    with offloaded(model, **fields):
+        for sideways in (False, False, True, False, True):
+            model.sideways = plain.sideways = sideways
+            want = run(plain, x)
+            try:
+                got = run(model, x)
+            except RuntimeError as error:
+                assert sideways and "dtype" in str(error)
+                got = run(model, x)
+            assert same_bits(got, want)
+
+
+def test_reading_metadata_brings_nothing() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = linears(WIDTH, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight = self.layers[3].weight
+            assert weight.dim() == len(weight.shape) == 2 and weight.requires_grad
+            assert weight.numel() == weight.size(0) * weight.stride(0)
+            assert weight.is_floating_point() and weight.device == x.device
+            return self.layers[0](x.to(weight.dtype))
+
+    model = Asks()
+    with offloaded(model, store="disk", limit_gb=0):
+        least = offload_plan(model).least_bytes
+        for _ in range(2):
+            run(model, torch.randn(2, WIDTH))
+        assert offload_plan(model).least_bytes == least
+        assert offload_stats(model).peak_bytes == least
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("use", ["linear", "in a list", "many"])
+def test_weights_read_sideways_keep_an_exact_limit(
+    use: str, dtype: torch.dtype
+) -> None:
+    model = nn.Sequential(_Reader(USES[use]), *linears(WIDTH, 6))
+    x = torch.randn(2, WIDTH, dtype=dtype)
+    want = run(copy.deepcopy(model).to(dtype), x)
+    fields: dict[str, Any] = {"store": "disk", "compute_dtype": dtype}
+    with offloaded(model, **fields, limit_gb=0):
+        run(model, x)
+        least = offload_plan(model).least_bytes
+    for limit in range(least, 2 * least, 1024):
+        with offloaded(model, **fields, limit_gb=limit / GIB):
+            for _ in range(3):
+                assert same_bits(run(model, x), want)
+            assert offload_stats(model).peak_bytes <= limit
+
+
+@ALL
+def test_a_weight_may_be_written_sideways(fields: dict[str, Any]) -> None:
+    def count(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        module.child.bias.add_(1)
+        return module.child(x)
+
+    model = nn.Sequential(_Reader(count), nn.Linear(WIDTH, WIDTH))
+    x = torch.randn(2, WIDTH, dtype=fields.get("compute_dtype"))
+    plain = copy.deepcopy(model).to(x.dtype)
+    with offloaded(model, **fields):
+        for _ in range(4):
+            assert torch.allclose(run(model, x), run(plain, x))
+            mine = model.state_dict()["0.child.bias"]
+            assert torch.allclose(mine, plain[0].child.bias.detach().to(mine.dtype))
+    assert torch.allclose(model[0].child.bias, plain[0].child.bias.to(torch.float32))

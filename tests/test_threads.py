@@ -1,0 +1,340 @@
+"""Several threads and one model: they take turns, and none waits for a dead one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hookoffload import (
+    OffloadPolicy,
+    attach_offload_hooks,
+    detach,
+    offload,
+    offload_stats,
+    onload,
+)
+from tests.small_models import (
+    assert_same,
+    expected,
+    nbytes,
+    on_disk,
+    run,
+    tiny_model,
+    tokens,
+)
+from tests.snapshots import Snapshot, assert_untouched
+
+PATIENCE = 30.0  # seconds after which a thread counts as blocked
+
+LIMITS = [0, 0.00008, None]
+every_limit = pytest.mark.parametrize("limit_gb", LIMITS)
+
+
+class Killed(BaseException):
+    """Ends a thread like Ctrl-C: hooks for a failed forward do not run."""
+
+
+def _in_thread(action: Callable[[], Any]) -> Any:
+    """Run an action in a new thread; fail if it does not end, raise what it raises."""
+    results: list[Any] = []
+
+    def work() -> None:
+        try:
+            results.append((action(), None))
+        except BaseException as error:
+            results.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "the thread is blocked"
+    value, error = results[0]
+    if error is not None:
+        raise error
+    return value
+
+
+@every_limit
+@pytest.mark.parametrize("count", [2, 4])
+def test_threads_that_call_one_model_get_their_own_results(
+    tmp_path: Path, count: int, limit_gb: Any
+) -> None:
+    model = tiny_model()
+    before = Snapshot(model, tmp_path)
+    rounds = 12
+    wanted = [expected(model, tokens(seed)) for seed in range(count * rounds)]
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=limit_gb))
+    start = threading.Barrier(count)
+
+    def work(number: int) -> None:
+        start.wait(PATIENCE)
+        for seed in range(number, count * rounds, count):
+            assert_same(run(model, tokens(seed)), wanted[seed])
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count), timeout=PATIENCE))
+    assert offload_stats(model).forwards == count * rounds
+    limit = 2**30 * (limit_gb or 1)
+    assert offload_stats(model).peak_bytes <= limit
+    detach(model)
+    assert_untouched(model, before, same_memory=False)
+
+
+def test_threads_that_call_parts_and_the_whole_get_their_own_results(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model()
+    x = torch.randn(2, 3, 48)
+    whole, part = expected(model, tokens()), expected(model.blocks[1], x)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=0.00008))
+
+    def work(number: int) -> None:
+        for _ in range(12):
+            if number % 2:
+                assert_same(run(model, tokens()), whole)
+            else:
+                assert_same(run(model.blocks[1], x), part)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4), timeout=PATIENCE))
+    detach(model)
+
+
+def test_threads_that_call_two_models_do_not_disturb_each_other(
+    tmp_path: Path,
+) -> None:
+    models = [tiny_model(seed) for seed in range(2)]
+    wanted = [expected(model, tokens()) for model in models]
+    for model in models:
+        attach_offload_hooks(model, on_disk(tmp_path))
+
+    def work(number: int) -> None:
+        for _ in range(12):
+            assert_same(run(models[number % 2], tokens()), wanted[number % 2])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4), timeout=PATIENCE))
+    for model in models:
+        detach(model)
+
+
+def test_thread_waits_for_a_forward_that_takes_long(tmp_path: Path) -> None:
+    model = tiny_model()
+    wanted = [expected(model, tokens(seed)) for seed in range(2)]
+    attach_offload_hooks(model, on_disk(tmp_path))
+    inside, overlaps = [0], []
+
+    def linger(*_: Any) -> None:
+        inside[0] += 1
+        overlaps.append(inside[0])
+        time.sleep(0.7)  # longer than any patience with an owner that may have died
+        inside[0] -= 1
+
+    handle = model.blocks[1].up.register_forward_pre_hook(linger)
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda seed: run(model, tokens(seed)), range(2)))
+    handle.remove()
+    for output, value in zip(outputs, wanted, strict=True):
+        assert_same(output, value)
+    assert overlaps == [1, 1], "one thread at a time is inside the model"
+    detach(model)
+
+
+@every_limit
+@pytest.mark.parametrize("error", [ValueError, Killed, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["embed", "blocks.1", "blocks.1.down", "head"])
+def test_thread_that_dies_inside_a_forward_blocks_nobody(
+    tmp_path: Path, where: str, error: type[BaseException], limit_gb: Any
+) -> None:
+    model = tiny_model()
+    wanted = expected(model, tokens())
+    before = Snapshot(model, tmp_path)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=limit_gb))
+
+    def die(*_: Any) -> None:
+        raise error("told to")
+
+    handle = model.get_submodule(where).register_forward_pre_hook(die)
+    with pytest.raises(error, match="told to"):
+        _in_thread(lambda: run(model, tokens()))
+    handle.remove()
+    assert_same(_in_thread(lambda: run(model, tokens())), wanted)
+    assert_same(run(model, tokens()), wanted)
+    assert_same(_in_thread(lambda: run(model, tokens())), wanted)
+    detach(model)
+    assert_untouched(model, before, same_memory=False)
+
+
+@pytest.mark.parametrize("error", [ValueError, Killed])
+@pytest.mark.parametrize("action", [detach, offload, onload])
+def test_model_can_be_switched_after_a_thread_died_inside_it(
+    tmp_path: Path, action: Callable[[nn.Module], Any], error: type[BaseException]
+) -> None:
+    model = tiny_model()
+    wanted = expected(model, tokens())
+    before = Snapshot(model, tmp_path)
+    attach_offload_hooks(model, on_disk(tmp_path))
+
+    def die(*_: Any) -> None:
+        raise error
+
+    handle = model.blocks[1].down.register_forward_pre_hook(die)
+    with pytest.raises(error):
+        _in_thread(lambda: run(model, tokens()))
+    handle.remove()
+    _in_thread(lambda: action(model))
+    assert_same(run(model, tokens()), wanted)
+    if action is not detach:
+        detach(model)
+    assert_untouched(model, before, same_memory=False)
+
+
+def test_threads_go_on_while_others_die(tmp_path: Path) -> None:
+    model = tiny_model()
+    before = Snapshot(model, tmp_path)
+    wanted = expected(model, tokens())
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=0.00008))
+    doomed = threading.local()
+
+    def die(*_: Any) -> None:
+        error = getattr(doomed, "error", None)
+        if error is not None:
+            raise error
+
+    handle = model.blocks[1].up.register_forward_pre_hook(die)
+
+    def work(number: int) -> None:
+        for attempt in range(8):
+            doomed.error = None
+            if (attempt + number) % 3 == 0:
+                doomed.error = (ValueError if number % 2 else Killed)("told to")
+                with pytest.raises((ValueError, Killed), match="told to"):
+                    run(model, tokens())
+            else:
+                assert_same(run(model, tokens()), wanted)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3), timeout=PATIENCE))
+    handle.remove()
+    detach(model)
+    assert_untouched(model, before, same_memory=False)
+
+
+def test_model_that_was_attached_in_one_thread_is_run_and_detached_in_others(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model()
+    wanted = expected(model, tokens())
+    before = Snapshot(model, tmp_path)
+    _in_thread(lambda: attach_offload_hooks(model, on_disk(tmp_path)))
+    for _ in range(2):
+        assert_same(_in_thread(lambda: run(model, tokens())), wanted)
+    assert_same(run(model, tokens()), wanted)
+    _in_thread(lambda: detach(model))
+    assert_untouched(model, before, same_memory=False)
+
+
+def test_detach_waits_for_the_forward_of_another_thread(tmp_path: Path) -> None:
+    model = tiny_model()
+    wanted = expected(model, tokens())
+    before = Snapshot(model, tmp_path)
+    attach_offload_hooks(model, on_disk(tmp_path))
+    inside = threading.Event()
+
+    def linger(*_: Any) -> None:
+        inside.set()
+        time.sleep(0.5)
+
+    handle = model.blocks[1].up.register_forward_pre_hook(linger)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run, model, tokens())
+        assert inside.wait(PATIENCE)
+        detach(model)
+        assert_same(future.result(PATIENCE), wanted)
+    handle.remove()
+    assert_untouched(model, before, same_memory=False)
+
+
+def test_thread_that_waits_at_detach_runs_the_plain_model(tmp_path: Path) -> None:
+    model = tiny_model()
+    wanted = expected(model, tokens())
+    for _ in range(6):
+        attach_offload_hooks(model, on_disk(tmp_path))
+        with ThreadPoolExecutor(3) as pool:
+            futures = [pool.submit(run, model, tokens()) for _ in range(6)]
+            detach(model)
+            for future in futures:
+                assert_same(future.result(PATIENCE), wanted)
+
+
+@every_limit
+def test_saving_in_one_thread_while_another_computes_gives_the_weights(
+    tmp_path: Path, limit_gb: Any
+) -> None:
+    model = tiny_model()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = expected(model, tokens())
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=limit_gb))
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set():
+            assert_same(run(model, tokens()), wanted)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(compute)
+        for _ in range(20):
+            saved = {k: v.clone() for k, v in model.state_dict().items()}
+            for name, tensor in state.items():
+                assert_same(saved[name], tensor)
+        stop.set()
+        future.result(PATIENCE)
+    detach(model)
+
+
+def test_modes_of_the_calling_thread_do_not_matter(tmp_path: Path) -> None:
+    """no_grad and inference_mode belong to a thread; the copies are made by another."""
+    model = tiny_model()
+    wanted = expected(model, tokens())
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=0.00008))
+
+    def infer() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(tokens()).clone()
+
+    for _ in range(2):
+        assert_same(run(model, tokens()), wanted)
+        assert_same(_in_thread(infer), wanted)
+        assert_same(infer(), wanted)
+    detach(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 4])
+def test_threads_on_streams_of_their_own_get_their_own_results(count: int) -> None:
+    model = tiny_model(width=256)
+    plain = tiny_model(width=256).cuda()
+    wanted = [run(plain, tokens(seed).cuda()) for seed in range(count * 8)]
+    torch.cuda.synchronize()
+    limit = nbytes(model) / 3 / 2**30
+    policy = OffloadPolicy(limit_gb=limit, compute_device="cuda")
+    attach_offload_hooks(model, policy)
+
+    def work(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for seed in range(number, count * 8, count):
+                output = run(model, tokens(seed))
+                torch.cuda.current_stream().synchronize()
+                assert_same(output, wanted[seed])
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count), timeout=PATIENCE))
+    detach(model)
