@@ -19,6 +19,7 @@ class Assembly:
     Attributes:
         layers: the layers; ``layers[i].index == i``.
         always: a layer of everything that is on the compute device whatever happens.
+        always_cast: the same for what has another dtype there than at rest.
         chains: layers that are bound at the same time at some moment.
         sites: modules that need hooks; none if nothing moves.
         inside_atomic: ids of modules inside atomic ones.
@@ -27,6 +28,7 @@ class Assembly:
 
     layers: list[Layer]
     always: Layer
+    always_cast: Layer
     chains: list[tuple[int, ...]]
     sites: list[SiteSketch]
     inside_atomic: frozenset[int]
@@ -36,6 +38,11 @@ class Assembly:
     def moved_masters(self) -> list[Master]:
         """The masters of the layers, without those that are always on the device."""
         return [master for layer in self.layers for master in layer.masters]
+
+    @property
+    def always_bytes(self) -> int:
+        """Bytes that are on the compute device whatever happens."""
+        return self.always.resident_bytes + self.always_cast.resident_bytes
 
     @property
     def moving(self) -> set[int]:
@@ -59,11 +66,11 @@ def assemble(
     """
     masters: dict[int, Master] = {}
 
-    def master_of(group: TensorGroup) -> Master:
+    def master_of(group: TensorGroup, *, always: bool = False) -> Master:
         key = id(group.members[0].tensor)
         master = known.get(key)
         if master is None or not master.is_of(group):
-            master = make_master(group, policy, locations)
+            master = make_master(group, policy, locations, always=always)
         masters[key] = master
         return master
 
@@ -77,12 +84,16 @@ def assemble(
         )
         layer.held = index in found.held
         layers.append(layer)
-    always = Layer(-1, "buffers", [master_of(g) for g in found.always])
+    fixtures = [master_of(group, always=True) for group in found.always]
+    always = Layer(-1, "buffers", [m for m in fixtures if not m.codec.casts_streamed])
     always.measure(policy.compute_device, on_disk=False, may_stay=True)
+    cast = Layer(-2, "cast buffers", [m for m in fixtures if m.codec.casts_streamed])
+    cast.measure(policy.compute_device, on_disk=False, may_stay=True)
     moves = any(not layer.in_place for layer in layers)
     return Assembly(
         layers=layers,
         always=always,
+        always_cast=cast,
         chains=found.chains,
         sites=found.sites if moves else [],
         inside_atomic=frozenset(
@@ -97,9 +108,16 @@ def assemble(
 
 
 def make_master(
-    group: TensorGroup, policy: ResolvedPolicy, locations: dict[str, TensorLocation]
+    group: TensorGroup,
+    policy: ResolvedPolicy,
+    locations: dict[str, TensorLocation],
+    *,
+    always: bool,
 ) -> Master:
-    """Make the master of a tensor group: its dtypes, and its file if it has one."""
+    """Make the master of a tensor group: its dtypes, and its file if it has one.
+
+    What is always on the device rests uncast, and lies there as it computes.
+    """
     names = [n for m in group.members for n in (m.name, *m.aliases)]
     location = next((locations[name] for name in names if name in locations), None)
     first = group.members[0].tensor
@@ -107,7 +125,7 @@ def make_master(
     if not one_dtype or not all(is_castable(m.tensor) for m in group.members):
         return Master(group, Codec(first.dtype, first.dtype, first.dtype), location)
     storage = None
-    if not group.is_buffer:
+    if not always:
         waits = policy.offload if policy.onload.on_disk else policy.onload
         # A user's file keeps its dtype: the cast happens on the compute device.
         from_file = location is not None and policy.onload.on_disk
@@ -116,7 +134,7 @@ def make_master(
     codec = choose_codec(
         first,
         storage_dtype=storage,
-        resident_dtype=policy.compute_dtype if group.is_buffer else kept,
+        resident_dtype=policy.compute_dtype if always else kept,
         compute_dtype=policy.compute_dtype,
     )
     return Master(group, codec, location)

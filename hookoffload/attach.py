@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import nn
 
-from .codec import is_movable
+from .partition import check_tensors
 from .policy import OffloadPolicy
 from .safetensors_file import TensorLocation
 from .session import Session
@@ -67,7 +66,7 @@ def _attach(
     _check_model(model)
     _check_policy(policy)
     resolved = policy.resolve()
-    _check_tensors(model)
+    check_tensors(model)
     session = Session(model, resolved, locations, poison=policy.debug)
     _warn_of_unmatched(session)
     session.begin()
@@ -281,34 +280,6 @@ def _check_policy(policy: OffloadPolicy) -> None:
         raise ValueError(
             f"policy must be an OffloadPolicy, not {type(policy).__name__}; for "
             "example OffloadPolicy(limit_gb=2)"
-        )
-
-
-def _check_tensors(model: nn.Module) -> None:
-    any_tensor = False
-    named = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in named:
-        any_tensor = True
-        if torch.nn.parameter.is_lazy(tensor):
-            raise ValueError(
-                f"{name} is not initialised yet (a lazy module); run the model once "
-                "before attaching"
-            )
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device and has no values. Give them with "
-                "load_model(model_class, checkpoint, policy=...), which also attaches"
-            )
-        if not is_movable(tensor):
-            raise ValueError(
-                f"{name} is a {type(tensor).__name__} with layout {tensor.layout}; "
-                "only plain strided tensors can be offloaded. Dequantise it, or leave "
-                "its module out of the model that you attach"
-            )
-    if not any_tensor:
-        raise ValueError(
-            f"{type(model).__name__} has no parameters and no buffers: there is "
-            "nothing to offload"
         )
 
 

@@ -19,8 +19,20 @@ import threading
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.utils import stateless
 
 _CALL_CODE = nn.Module._call_impl.__code__
+_FUNCTIONAL_CODE = stateless._functional_call.__code__
+
+
+def in_functional_call() -> bool:
+    """Tell whether ``torch.func.functional_call`` has lent a model other tensors."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _FUNCTIONAL_CODE:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def calls_under_way(thread: int | None = None) -> Iterator[nn.Module]:

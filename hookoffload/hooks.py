@@ -15,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from .calls import count_calls
 from .layer import Layer
 from .partition import needs_outside_hooks
+from .refusals import NotCopied
 
 if TYPE_CHECKING:
     from .session import Session
 
 
-class Site:
+class Site(NotCopied):
     """A hooked module and the layers that its forward needs.
 
     [Note: order of hooks] The pre hook is prepended, so that hooks which the user
@@ -71,12 +72,15 @@ class Site:
         """Hang the hooks on the module."""
         if self._handles or self.outside:
             return
-        self._handles = [
+        # One by one: what is registered must be known if the next one fails.
+        self._handles.append(
             self.module.register_forward_pre_hook(
                 self.pre, prepend=True, with_kwargs=True
-            ),
-            self.module.register_forward_hook(self.post, always_call=True),
-        ]
+            )
+        )
+        self._handles.append(
+            self.module.register_forward_hook(self.post, always_call=True)
+        )
 
     def remove(self) -> None:
         """Take the hooks off the module."""
@@ -178,15 +182,17 @@ class GatherSite(Site):
         """Hang the hooks on the module."""
         if self._handles:
             return
-        self._handles = [
+        self._handles.append(
             self.module.register_forward_pre_hook(
                 self.pre, prepend=True, with_kwargs=True
-            ),
+            )
+        )
+        self._handles.append(
             # In front of the user's hooks, which must see the true rows.
             self.module.register_forward_hook(
                 self.finish, prepend=True, with_kwargs=True, always_call=True
-            ),
-        ]
+            )
+        )
 
     def pre(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -259,14 +265,13 @@ class OutsideHooks:
     def __init__(self, sites: Mapping[int, Site | RootHooks]) -> None:
         self._sites = sites
 
-    def register(self) -> list[RemovableHandle]:
-        """Register with PyTorch; returns the handles that undo it."""
-        return [
-            torch_module.register_module_forward_pre_hook(self._pre),
-            torch_module.register_module_forward_hook(
-                self._post, with_kwargs=True, always_call=True
-            ),
-        ]
+    def register(self, handles: list[RemovableHandle]) -> None:
+        """Register with PyTorch; adds the handles that undo it to ``handles``."""
+        handles.append(torch_module.register_module_forward_pre_hook(self._pre))
+        # Without kwargs: PyTorch never forgets that a global hook wanted them.
+        handles.append(
+            torch_module.register_module_forward_hook(self._post, always_call=True)
+        )
 
     def _pre(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         site = self._sites.get(id(module))
@@ -279,15 +284,14 @@ class OutsideHooks:
         self,
         module: nn.Module,
         args: tuple[Any, ...],
-        *rest: Any,  # (kwargs, output), and (output,) behind an exception
+        output: Any,
     ) -> Any:
         site = self._sites.get(id(module))
         if site is None:
             return None
-        kwargs = rest[0] if len(rest) > 1 else {}
         if isinstance(site, RootHooks):
-            return site.post(module, args, kwargs, rest[-1])
-        return site.finish(module, args, kwargs, rest[-1])
+            return site.post(module, args, {}, output)
+        return site.finish(module, args, {}, output)
 
 
 def can_gather(module: nn.Module) -> bool:
@@ -299,7 +303,7 @@ def can_gather(module: nn.Module) -> bool:
     )
 
 
-class RootHooks:
+class RootHooks(NotCopied):
     """The pair of hooks on the root: passes begin and end here.
 
     They also do the work of the root's own site. So the root's hooks stay the same
@@ -319,17 +323,18 @@ class RootHooks:
     def register(self) -> None:
         """Hang the hooks on the root."""
         if needs_outside_hooks(self.module):
-            outside = OutsideHooks({id(self.module): self})
-            self._handles = outside.register()
+            OutsideHooks({id(self.module): self}).register(self._handles)
             return
-        self._handles = [
+        self._handles.append(
             self.module.register_forward_pre_hook(
                 self.pre, prepend=True, with_kwargs=True
-            ),
+            )
+        )
+        self._handles.append(
             self.module.register_forward_hook(
                 self.post, with_kwargs=True, always_call=True
-            ),
-        ]
+            )
+        )
 
     def remove(self) -> None:
         """Take the hooks off."""

@@ -9,7 +9,7 @@ import torch
 
 from .budget import MemoryBudget
 from .copy_engine import Copy, make_copy_engine
-from .device_memory import ALIGNMENT, Block, DeviceMemory
+from .device_memory import ALIGNMENT, Block, DeviceMemory, align
 from .layer import Layer, resident_dtype
 from .order import ExecutionOrder
 from .planner import Plan
@@ -159,7 +159,12 @@ class LayerMover:
         if not layer.stays_bound and layer.pieces:
             self._bring(layer)
             self._push_scratch(layer)
-            layer.bind(self._region_block(layer))
+            if torch.is_inference_mode_enabled():
+                # Views made inside it would take their versions from the tensors.
+                with torch.inference_mode(False):
+                    layer.bind(self._region_block(layer))
+            else:
+                layer.bind(self._region_block(layer))
         layer.bound = 1
 
     def release(self, layer: Layer) -> None:
@@ -262,6 +267,7 @@ class LayerMover:
             # More layers are in use at once than the plan knows of: nothing that is
             # in use can go, so the window grows by this one, if the limit allows.
             logger.info("%s is needed beside the layers of the plan", layer.name)
+            self._make_room_for(size)
             layer.home = self.memory.allocate("window", size, layer.name)
             self.engine.fence()
             layer.region = Region(0, size)
@@ -304,11 +310,21 @@ class LayerMover:
             self.engine.order_after(tokens)
             return
         try:  # more is in use at once than the plan knows of, as in `_room`
+            self._make_room_for(size)
             layer.scratch_block = self.memory.allocate("casts", size, layer.name)
         except BaseException:
             self._free_region(layer)
             raise
         layer.scratch = Region(0, size)
+
+    def _make_room_for(self, nbytes: int) -> None:
+        """Give up residents that are not in use until so many bytes fit the limit."""
+        for layer in self.layers:
+            if self.memory.budget.fits(align(nbytes)):
+                return
+            if layer.resident is not None and not layer.bound:
+                layer.keep = False
+                self.evict(layer)
 
     def _free_scratch(self, layer: Layer) -> None:
         region, block = layer.scratch, layer.scratch_block
@@ -391,9 +407,13 @@ class LayerMover:
 
     def sync(self, layer: Layer) -> None:
         """Bring what was written to a resident into its masters."""
-        if layer.stays_bound and layer.write_back():
-            layer.copied_revision = layer_revision_at_rest(layer)
-            layer.bind(None)
+        if layer.stays_bound:
+            if layer.write_back():
+                layer.copied_revision = layer_revision_at_rest(layer)
+                layer.bind(None)
+        elif not layer.bound and not layer.stands_in:
+            for master in layer.masters:
+                master.reconcile(lenient=True)
 
     def drop_all(self) -> None:
         """Put every layer to rest and give all memory back, from whatever state.

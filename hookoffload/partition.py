@@ -200,6 +200,36 @@ def _join(
             site.layers.append(layer)
 
 
+def check_tensors(model: nn.Module) -> None:
+    """Raise `ValueError` for tensors that cannot be moved, and if there are none."""
+    any_tensor = False
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in named:
+        any_tensor = True
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{name} is not initialised yet (a lazy module); run the model once "
+                "before attaching"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values. Give them with "
+                "load_model(model_class, checkpoint, policy=...), which also attaches; "
+                "if it was moved there while attached, detach(model) first"
+            )
+        if not is_movable(tensor):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__} with layout {tensor.layout}; "
+                "only plain strided tensors can be offloaded. Dequantise it, or leave "
+                "its module out of the model that you attach"
+            )
+    if not any_tensor:
+        raise ValueError(
+            f"{type(model).__name__} has no parameters and no buffers: there is "
+            "nothing to offload"
+        )
+
+
 @dataclass
 class _Wanted:
     """A module whose forward needs tensors, while they are being collected."""
@@ -293,6 +323,8 @@ def _units(
 
 def is_called(module: nn.Module) -> bool:
     """Tell whether a module can be called: containers without a forward never are."""
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+        return True  # compiled modules and other wrappers set it on the instance
     return type(module).forward is not nn.Module.forward
 
 

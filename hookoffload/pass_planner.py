@@ -72,13 +72,17 @@ class PassPlanner:
             self._assembly, self._order, self._looked_up = before
             raise
 
-    def for_pass(self, input_elements: int) -> Plan:
+    def for_pass(self, input_elements: int, *, probing: bool) -> Plan:
         """Return the plan for a pass that begins now.
 
         Args:
             input_elements: how many elements the tensors among the inputs have.
+            probing: layers may turn out to be needed at once that were not foreseen.
         """
         limit = self._limit
+        if limit and not self._memory.measures_peak and probing:
+            spare = max(limit - self.plan.least_bytes, 0) * 3 // 4
+            return self.make(spare, keep_residents=False)
         if not limit or not self._memory.measures_peak:
             return self.plan
         if self._activations is None or input_elements > self._size:
@@ -202,7 +206,7 @@ class PassPlanner:
             order=[index for index in self._order if index in used],
             chains=[tuple(i for i in c if i in used) for c in assembly.chains],
             limit_bytes=None if on_device else self._limit,
-            always_bytes=assembly.always.resident_bytes,
+            always_bytes=assembly.always_bytes,
             activation_bytes=activations,
             keep_residents=keep_residents,
         )
@@ -216,7 +220,7 @@ class PassPlanner:
     @staticmethod
     def _whole_bytes(assembly: Assembly) -> int:
         whole = sum(layer.resident_bytes for layer in assembly.layers)
-        return assembly.always.resident_bytes + whole
+        return assembly.always_bytes + whole
 
     @property
     def _onload_on_device(self) -> bool:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from .calls import count_calls
 from .layer import Layer
 
 if TYPE_CHECKING:
@@ -99,11 +100,13 @@ class Probe(TorchFunctionMode):
             if site is not None or self._inside_atomic(module):
                 continue
             user = _User(self, name, module)
-            user.handles = [
-                module.register_forward_pre_hook(user.pre, prepend=True),
-                module.register_forward_hook(user.post, always_call=True),
-            ]
             self._users.append(user)
+            user.handles.append(
+                module.register_forward_pre_hook(user.pre, prepend=True)
+            )
+            user.handles.append(
+                module.register_forward_hook(user.post, always_call=True)
+            )
         self._stack = [("", [])]
         self._aside = 0
         TorchFunctionMode.__enter__(self)
@@ -132,6 +135,10 @@ class Probe(TorchFunctionMode):
         """Stop to look after an interrupted pass, whose bindings are gone already."""
         self._stack = []
         self.end()
+
+    def look_away(self, levels: int) -> None:
+        """Look away one level more (1) or less (-1)."""
+        self._away = max(self._away + levels, 0)
 
     @contextmanager
     def looking_away(self) -> Iterator[None]:
@@ -201,6 +208,9 @@ class Probe(TorchFunctionMode):
 
     def _use(self, func: Callable[..., Any], layer: Layer, name: str) -> None:
         if not self._needs_bytes(func, layer) or layer.stays_bound:
+            return
+        if not count_calls(self._session.model):
+            self._on = False  # left over from a pass that Ctrl-C ended
             return
         user, bound = self._stack[-1]
         self._session.bind(layer)

@@ -12,20 +12,22 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .always import AlwaysResident
 from .assembly import Assembly, assemble
 from .budget import BudgetExceededError, MemoryBudget
-from .calls import CallTracker
+from .calls import CallTracker, in_functional_call
 from .containers import map_tensors, tensors_in
 from .hooks import GatherSite, OutsideHooks, RootHooks, Site, can_gather
 from .layer import Layer
 from .mover import LayerMover
-from .partition import Partition, SiteSketch, partition
+from .partition import Partition, SiteSketch, check_tensors, partition
 from .pass_planner import PassPlanner
 from .pinning import PageLock
 from .placement import Placement
 from .plan import Plan
 from .policy import ResolvedPolicy
 from .probe import Probe
+from .refusals import NotCopied
 from .report import OffloadStats
 from .safetensors_file import TensorLocation
 from .state_hooks import StateHooks
@@ -39,7 +41,7 @@ _NOTHING = nullcontext()
 _GATHER_BYTES = 2**20
 
 
-class Session:
+class Session(NotCopied):
     """One attached model.
 
     [Note: attach is all or nothing] The constructor only reads: it divides the model
@@ -61,6 +63,7 @@ class Session:
         *,
         poison: bool = False,
     ) -> None:
+        self.session = self
         self.model = model
         self.policy = policy
         self.map = policy.module_map.for_model(model)
@@ -74,7 +77,7 @@ class Session:
         self.sites: list[Site] = []
         self.root_site: Site | None = None
         self.layers: list[Layer]
-        self.always: Layer
+        self.always: AlwaysResident
         self.inside_atomic: frozenset[int]
         self.read_in_place: set[int]  # ids of tables that are never brought in
         self._masters: dict[int, Master] = {}
@@ -84,6 +87,7 @@ class Session:
         self._hooks_hang = False
         self._probe_next = True
         self._autocast_cache = True
+        self._guard: torch.autograd.graph.saved_tensors_hooks | None = None
         self.calls = CallTracker(frozenset(id(m) for m in model.modules()))
         self.root = RootHooks(self, model)
         self.state_hooks = StateHooks(self)
@@ -114,7 +118,9 @@ class Session:
         self.sites = sites
         self.root_site = next((s for s in sites if s.module is self.model), None)
         self.layers = assembly.layers
-        self.always = assembly.always
+        self.always = AlwaysResident(
+            assembly.always, assembly.always_cast, self.mover.memory
+        )
         self.inside_atomic = assembly.inside_atomic
         self._masters = assembly.masters
         self.mover.set_layers(assembly.layers, predicted)
@@ -178,7 +184,7 @@ class Session:
         self.state_hooks.remove()
         try:
             self.mover.drop_all()
-            self._release_always()
+            self.always.release()
             self._page_lock.unlock(self.store.masters)
             Store(self.always.masters, None).restore()
             self.store.restore()
@@ -197,7 +203,7 @@ class Session:
             if site.outside and site is not self.root_site
         }
         if outside and not self._outside_handles:
-            self._outside_handles = OutsideHooks(outside).register()
+            OutsideHooks(outside).register(self._outside_handles)
         self._hooks_hang = True
 
     def remove_hooks(self) -> None:
@@ -218,7 +224,34 @@ class Session:
 
     def leave_call(self) -> None:
         """Come out of one hooked call."""
+        if self.calls.depth == 1:
+            self._end_outermost_call()
         self.calls.leave()
+
+    def _begin_outermost_call(self) -> None:
+        """Get ready for calls, of the root or of a part."""
+        if not self.onloaded:
+            self.onload()
+        self.always.enter()
+        if torch.is_grad_enabled() and self._guard is None and not self.all_stay:
+            self._guard = torch.autograd.graph.saved_tensors_hooks(
+                self._refuse_to_keep, _as_it_is
+            )
+            self._guard.__enter__()
+
+    def _end_outermost_call(self) -> None:
+        if self._guard is not None:
+            self._guard.__exit__()
+            self._guard = None
+        self.always.leave()
+
+    def _refuse_to_keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Raise if autograd keeps a streamed weight for backward."""
+        memory = self.mover.memory
+        plain = tensor.device == memory.device and tensor.layout is torch.strided
+        if self.calls.depth and plain and memory.overlaps_transient(tensor.data_ptr()):
+            self._refuse_gradient(type(self.model).__name__)
+        return tensor
 
     def recover(self) -> None:
         """Clean up behind a call that never reached its post hook (Ctrl-C)."""
@@ -233,6 +266,7 @@ class Session:
         for site in self.sites:
             site.forget_calls()
         self.root.forget_calls()
+        self._end_outermost_call()
         self.mover.drop_all()
         self.mover.order.end_pass(complete=False)
         self._probe_next = True
@@ -260,14 +294,16 @@ class Session:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Get ready for one forward of the root; return inputs that were moved."""
         self.store.check_unchanged()
-        if self.state_hooks.replaced_parameters():
+        if self.state_hooks.replaced_parameters() and not in_functional_call():
             self._take_over_replaced()
-        self.onload()
+        self.state_hooks.check_bound()
+        self._begin_outermost_call()
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
-        self._apply(self.planner.for_pass(size))
+        probing = self._probe_next and bool(self.sites)
+        self._apply(self.planner.for_pass(size, probing=probing))
         if not self._hooks_hang and not self.all_stay:
             self.register_hooks()
-        if self._probe_next and self.sites:
+        if probing:
             self.probe = Probe(self)
         self.mover.order.begin_pass()
         if not self.all_stay:
@@ -354,6 +390,7 @@ class Session:
 
     def _take_over_replaced(self) -> None:
         """Manage parameters that replaced others (``load_state_dict(assign=True)``)."""
+        check_tensors(self.model)
         self._rebuild()
         self._page_lock.unlock(self.store.masters)
         self.store.replace_masters(self._assembly.moved_masters, self.policy.offload)
@@ -370,12 +407,12 @@ class Session:
     def _rebuild(self) -> None:
         self.remove_hooks()
         self.mover.drop_all()
-        self._release_always()
+        self.always.release()
         self._build(partition(self.model, self.map, self._joined))
         self.register_hooks()
         self.state_hooks.renew()
         if self.onloaded:
-            self._bind_always()
+            self.always.onload()
 
     # -- states ---------------------------------------------------------------------
 
@@ -386,7 +423,7 @@ class Session:
         if not self._waits_where_it_rests:
             self.store.onload(self.policy.onload)
             self._page_lock.lock(self.store.masters)
-        self._bind_always()
+        self.always.onload()
         self.onloaded = True
 
     @property
@@ -399,56 +436,19 @@ class Session:
     def offload(self) -> None:
         """Bring the model to its offload placement; no memory of the device is kept."""
         self.mover.drop_all()
-        self._release_always()
+        self.always.release()
         if self.onloaded and not self._waits_where_it_rests:
             self._page_lock.unlock(self.store.masters)
             self.store.offload(self.policy.offload)
         self.onloaded = False
         self.register_hooks()
 
-    def _bind_always(self) -> None:
-        """Put buffers on the compute device, for as long as the model is onloaded."""
-        layer = self.always
-        if layer.stays_bound or not layer.pieces:
-            return
-        memory = self.mover.memory
-        layer.resident = []
-        for piece in layer.pieces:
-            master = piece.master
-            dtype = torch.uint8 if master.mixed else master.codec.resident
-            size = master.count * dtype.itemsize
-            block = memory.allocate("always", size, master.name)
-            layer.resident.append(block)
-            block.typed(dtype)[: master.count].copy_(master.flat)
-        layer.bind(None)
-        layer.stays_bound = True
-
-    def _release_always(self) -> None:
-        layer = self.always
-        if layer.stays_bound:
-            self._take_buffers_back()
-            layer.put_to_rest()
-            layer.stays_bound = False
-        for block in layer.resident or ():
-            self.mover.memory.free(block)
-        layer.resident = None
-
-    def _take_buffers_back(self) -> None:
-        """Copy buffers that a forward wrote to into their masters.
-
-        Some kernels write to statistics without moving their version (batch norm does
-        under inference mode), so values are compared; buffers are few and small.
-        """
-        for piece in self.always.pieces:
-            for member in piece.master.members:
-                if not torch.equal(member.tensor.data, member.rest.to(member.tensor)):
-                    member.rest.copy_(member.tensor.data)
-                    piece.master.dirty = True
-
     def sync_masters(self) -> None:
-        """Bring what was written to bound tensors into their masters."""
-        if self.always.stays_bound:
-            self._take_buffers_back()
+        """Bring everything that was written to tensors into their masters."""
+        if self.calls.depth and not self.calls.runs_here():
+            self.require_idle("state_dict")  # Ctrl-C ended the last forward
+            self.leave_call()
+        self.always.sync()
         for layer in self.layers:
             self.mover.sync(layer)
 
@@ -456,7 +456,7 @@ class Session:
         """Put everything to rest, so that loading writes to masters only."""
         self.sync_masters()
         self.mover.drop_all()
-        self._release_always()
+        self.always.release()
         self.onloaded = False
 
     # -- what hooks need ------------------------------------------------------------
@@ -464,8 +464,7 @@ class Session:
     def bind(self, layer: Layer) -> None:
         """Bind a layer for a forward that begins."""
         with self._unwatched():
-            if not self.onloaded:  # a submodule is called, and the root never was
-                self.onload()
+            self._begin_outermost_call()  # a part is called without the root
             if self.mover.plan is None:
                 self._apply(self.plan)
             self.mover.bind(layer)
@@ -481,8 +480,7 @@ class Session:
 
     def bind_stand_in(self, layer: Layer) -> None:
         """Point an embedding's weight at one row of zeros on the compute device."""
-        if not self.onloaded:
-            self.onload()
+        self._begin_outermost_call()
         layer.revision()
         member = layer.masters[0].members[0]
         dtype = layer.masters[0].codec.compute
@@ -520,7 +518,7 @@ class Session:
         Raises:
             RuntimeError: It would need a gradient through a streamed weight.
         """
-        if output is None or all(layer.stays_bound for layer in site.layers):
+        if output is None or all(_stays(layer) for layer in site.layers):
             return None
         memory = self.mover.memory
         aliases = False
@@ -540,14 +538,16 @@ class Session:
 
     def refuse_gradient(self, site: Site, output: torch.Tensor) -> None:
         """Raise if an output carries a graph through weights that are gone later."""
-        if not output.requires_grad or not torch.is_grad_enabled():
-            return
+        if output.requires_grad and torch.is_grad_enabled():
+            self._refuse_gradient(site.name or type(self.model).__name__)
+
+    @staticmethod
+    def _refuse_gradient(name: str) -> NoReturn:
         raise RuntimeError(
-            f"{site.name or type(self.model).__name__} is streamed, and its output "
-            "would need a gradient through weights that are not there any more at "
-            "backward. hookoffload runs inference: call the model under "
-            "torch.no_grad() or torch.inference_mode(). To train, detach(model), or "
-            "attach without a limit (limit_gb=None) where the model fits"
+            f"{name} is streamed, and its output would need a gradient through weights "
+            "that are not there any more at backward. hookoffload runs inference: call "
+            "the model under torch.no_grad() or torch.inference_mode(). To train, "
+            "detach(model), or attach without a limit (limit_gb=None) where it fits"
         )
 
     # -- figures --------------------------------------------------------------------
@@ -568,16 +568,13 @@ class Session:
             peak_by_kind=self.budget.peak_by_kind(),
         )
 
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        """Refuse: a copied hook would run the original's layers."""
-        raise RuntimeError(
-            f"{type(self.model).__name__} has offload hooks attached and cannot be "
-            "copied; call detach(model), copy it, and attach again"
-        )
 
-    def __reduce__(self) -> NoReturn:
-        """Refuse: streams and threads cannot be pickled."""
-        raise RuntimeError(
-            f"{type(self.model).__name__} has offload hooks attached and cannot be "
-            "pickled; save model.state_dict(), or call detach(model) first"
-        )
+def _stays(layer: Layer) -> bool:
+    """Tell whether a bound layer's bytes stay where they are behind its forward."""
+    if layer.stays_bound:
+        return True
+    return layer.resident is not None and layer.can_stay_bound
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

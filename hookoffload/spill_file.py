@@ -24,6 +24,7 @@ def write_spill_file(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
     *,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
     align: int = 64,
@@ -36,6 +37,7 @@ def write_spill_file(
     Args:
         path: The file to write; an existing one is replaced.
         tensors: Tensors by name, on any device, with any strides.
+        dtypes: What to cast tensors to on the way, by name; default: nothing.
         metadata: Text to keep in the header.
         progress: Called with the number of bytes of each chunk written.
         align: Start of the tensors' data is a multiple of this many bytes. Each
@@ -47,8 +49,9 @@ def write_spill_file(
     Raises:
         CheckpointError: A tensor cannot be stored, or the disk is full or refuses.
     """
-    header, order = _build_header(path, tensors, metadata, align)
-    needed = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    dtypes = {name: t.dtype for name, t in tensors.items()} | dict(dtypes or {})
+    header, order, data = _build_header(path, tensors, dtypes, metadata, align)
+    needed = len(header) + data
     with disk_errors(path):
         free = shutil.disk_usage(path.parent).free
     if needed > free:
@@ -67,7 +70,8 @@ def write_spill_file(
                 write_at(fd, memoryview(header), 0)
             offset = len(header)
             for name in order:
-                for count in write_tensor(fd, path, tensors[name], offset):
+                parts = write_tensor(fd, path, tensors[name], offset, dtypes[name])
+                for count in parts:
                     offset += count
                     if progress is not None:
                         progress(count)
@@ -86,19 +90,20 @@ def write_spill_file(
 def _build_header(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
+    dtypes: Mapping[str, torch.dtype],
     metadata: Mapping[str, str] | None,
     align: int,
-) -> tuple[bytes, list[str]]:
-    """Returns the bytes before the data, and the names in the order of the data."""
+) -> tuple[bytes, list[str], int]:
+    """Returns the bytes before the data, the names in its order, and its length."""
     if align < 1:
         raise ValueError(f"align must be at least 1 byte, not {align}.")
     # The format allows no holes: larger items first keeps each tensor aligned.
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    order = sorted(tensors, key=lambda name: -dtypes[name].itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
         tensor = tensors[name]
-        code = CODES.get(tensor.dtype)
+        code = CODES.get(dtypes[name])
         storable = tensor.layout == torch.strided and not tensor.is_meta
         if code is None or not storable or name == "__metadata__":
             raise CheckpointError(
@@ -109,11 +114,11 @@ def _build_header(
         shape = list(tensor.shape)
         if code == "F4" and shape:
             shape[-1] *= 2
-        begin, end = end, end + tensor.nbytes
+        begin, end = end, end + tensor.numel() * dtypes[name].itemsize
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % align)
-    return struct.pack("<Q", len(text)) + text, order
+    return struct.pack("<Q", len(text)) + text, order, end
 
 
 def _remove(path: str | Path) -> None:

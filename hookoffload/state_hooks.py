@@ -14,13 +14,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .refusals import NotCopied
 from .store import Master, Member
 
 if TYPE_CHECKING:
     from .session import Session
 
 
-class StateHooks:
+class StateHooks(NotCopied):
     """Hooks on saving, loading and moving.
 
     [Note: the one attribute] PyTorch has hooks for forwards and for state dicts, and
@@ -36,8 +37,8 @@ class StateHooks:
         self.session = session
         self._handles: list[RemovableHandle] = []
         self._managed: dict[int, tuple[Master, Member]] = {}
-        # Where each tensor is registered, to notice that another took its place.
-        self._expected: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        # What was registered where, to notice that something else took its place.
+        self._expected: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def register(self) -> None:
         """Hang the hooks on every module with tensors of its own."""
@@ -45,11 +46,11 @@ class StateHooks:
         for module in self.session.model.modules():
             if not module._parameters and not module._buffers:
                 continue
-            self._handles += [
-                # A partial, because PyTorch sets an attribute on what it registers.
-                module.register_state_dict_post_hook(partial(self._after_state_dict)),
-                module.register_load_state_dict_pre_hook(self._before_load),
-            ]
+            keep = self._handles.append
+            keep(module.register_state_dict_pre_hook(self._before_state_dict))
+            # A partial, because PyTorch sets an attribute on what it registers.
+            keep(module.register_state_dict_post_hook(partial(self._after_state_dict)))
+            keep(module.register_load_state_dict_pre_hook(self._before_load))
         self.session.model.__dict__["_apply"] = self._refuse_to_move
 
     def renew(self) -> None:
@@ -57,16 +58,14 @@ class StateHooks:
         session = self.session
         self._managed = {
             id(member.tensor): (master, member)
-            for layer in (*session.layers, session.always)
-            for master in layer.masters
+            for master in (*session.store.masters, *session.always.masters)
             for member in master.members
         }
         self._expected = [
-            (registry, key, tensor)
+            (registry, dict(registry))
             for module in session.model.modules()
-            for registry in (module._parameters, module._buffers)
-            for key, tensor in registry.items()
-            if tensor is not None
+            for registry in (module._parameters, module._buffers, module._modules)
+            if registry
         ]
 
     def remove(self) -> None:
@@ -77,14 +76,34 @@ class StateHooks:
         self.session.model.__dict__.pop("_apply", None)
 
     def replaced_parameters(self) -> bool:
-        """Tell whether a registered tensor is not the one that was attached."""
-        return any(registry.get(key) is not t for registry, key, t in self._expected)
+        """Tell whether another tensor or module is registered than was attached."""
+        for registry, before in self._expected:
+            if len(registry) != len(before):
+                return True
+            for key, value in registry.items():
+                if before.get(key) is not value:
+                    return True
+        return False
+
+    def check_bound(self) -> None:
+        """Raise if a tensor that is bound between passes was moved or cast."""
+        for master, member in self._managed.values():
+            tensor = member.tensor
+            if tensor.data_ptr() not in (member.bound_pointer, member.rest_pointer):
+                master.check_same(member)
+
+    def _before_state_dict(self, module: nn.Module, *_: Any) -> None:
+        """Let the probe look away: saving reads every tensor and uses none."""
+        if self.session.probe is not None:
+            self.session.probe.look_away(1)
 
     def _after_state_dict(
         self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any
     ) -> None:
         """Return the masters of tensors that are bound between passes."""
         session = self.session
+        if session.probe is not None:
+            session.probe.look_away(-1)
         session.sync_masters()
         for registry in (module._parameters, module._buffers):
             for key, tensor in registry.items():
@@ -103,7 +122,8 @@ class StateHooks:
         self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> nn.Module:
         model = self.session.model
-        if recurse and all(self._is_kept(function, e[2]) for e in self._expected):
+        tensors = (member.tensor for _, member in self._managed.values())
+        if recurse and all(self._is_kept(function, tensor) for tensor in tensors):
             return model
         raise RuntimeError(
             f"{type(model).__name__} has offload hooks attached, which decide where "
@@ -118,7 +138,10 @@ class StateHooks:
     ) -> bool:
         """Try what would be done to a tensor on an empty one like it."""
         like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return function(like) is like
+        try:
+            return function(like) is like and not like.is_shared()
+        except Exception:
+            return False  # a device that is not there
 
 
 def session_of(module: nn.Module) -> Session | None:

@@ -25,7 +25,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm.auto import tqdm
@@ -187,18 +187,44 @@ class Master:
                 "detach(model) first, and attach again after"
             )
         member.rest.copy_(tensor.data)
-        self._note_change()
+        self.note_change()
         return True
 
-    def _note_change(self) -> None:
+    def check_same(self, member: Member) -> None:
+        """Raise if a member that is bound between passes was moved or cast."""
+        tensor = member.tensor
+        if tensor.shape != member.shape or tensor.dtype not in (
+            self.codec.rest,
+            self.codec.resident,
+            self.codec.compute,
+            member.dtype,
+        ):
+            self._refuse_move(member)
+
+    @staticmethod
+    def _refuse_move(member: Member) -> NoReturn:
+        tensor = member.tensor
+        raise RuntimeError(
+            f"{member.name} was moved or cast while offload hooks are attached: it is "
+            f"{tensor.dtype} on {tensor.device} with shape {tuple(tensor.shape)}, and "
+            f"was {member.rest.dtype} on {member.rest.device} with shape "
+            f"{tuple(member.rest.shape)}. Call detach(model) before model.to(), "
+            ".half(), .cuda() and the like, and attach again after"
+        )
+
+    def note_change(self) -> None:
+        """Note that the bytes at rest are not those that were copied before."""
         self.dirty = True
         self.revision += 1
         if self.location is not None and not self.location.file.writable_shared:
             # The private map of a user's file holds the new values; the file does not.
             self.location = None
 
-    def reconcile(self) -> bool:
+    def reconcile(self, *, lenient: bool = False) -> bool:
         """Notice what the user did to the members while they were at rest.
+
+        Args:
+            lenient: take a member that was moved or cast back, instead of raising.
 
         Returns:
             Whether the bytes may differ from those that were copied before.
@@ -210,32 +236,28 @@ class Master:
         for member in self.members:
             tensor = member.tensor
             if tensor.data_ptr() != member.rest_pointer:
-                self._adopt_new_data(member)
+                self._adopt_new_data(member, lenient=lenient)
                 changed = True
             version = version_of(tensor)
             if version != member.version:
                 member.version = version
                 changed = True
         if changed:
-            self._note_change()
+            self.note_change()
         return changed
 
-    def _adopt_new_data(self, member: Member) -> None:
+    def _adopt_new_data(self, member: Member, *, lenient: bool) -> None:
         tensor = member.tensor
         same = (
             tensor.device == member.rest.device
             and tensor.dtype == member.rest.dtype
             and tensor.shape == member.rest.shape
         )
+        if not same and lenient:
+            tensor.data = member.rest
+            return
         if not same:
-            raise RuntimeError(
-                f"{member.name} was moved or cast while offload hooks are attached: "
-                f"it is {tensor.dtype} on {tensor.device} with shape "
-                f"{tuple(tensor.shape)}, and was {member.rest.dtype} on "
-                f"{member.rest.device} with shape {tuple(member.rest.shape)}. Call "
-                "detach(model) before model.to(), .half(), .cuda() and the like, "
-                "and attach again after"
-            )
+            self._refuse_move(member)
         # The object now holds other memory: its value goes to where the others'
         # views of this master look.
         member.rest.copy_(tensor.data)
@@ -299,14 +321,21 @@ class Store:
         if not spilled:
             return
         folder = self._make_folder()
-        tensors = {
-            f"{i:06d}.{m.name}": m.flat.to(dtype) if dtype and m.castable else m.flat
-            for i, m in enumerate(spilled)
+        tensors = {f"{i:06d}.{m.name}": m.flat for i, m in enumerate(spilled)}
+        dtypes = {
+            name: dtype
+            for name, master in zip(tensors, spilled, strict=True)
+            if dtype is not None and master.castable
         }
-        total = sum(t.nbytes for t in tensors.values())
+        total = sum(
+            t.numel() * dtypes.get(name, t.dtype).itemsize
+            for name, t in tensors.items()
+        )
         with progress_bar("writing weights to disk", total) as bar:
             path = folder / f"weights-{len(self._files)}.safetensors"
-            file = write_spill_file(path, tensors, progress=lambda n: _advance(bar, n))
+            file = write_spill_file(
+                path, tensors, dtypes=dtypes, progress=lambda n: _advance(bar, n)
+            )
         self._files.add(file)
         names = list(tensors)
         del tensors
@@ -390,6 +419,7 @@ class Store:
             self._restore(master)
 
     def _restore(self, master: Master) -> None:
+        master.reconcile(lenient=True)
         if master.location is not None and master.location.file.writable_shared:
             flat = torch.empty(master.count, dtype=master.flat.dtype)
             master.read_into(flat.view(torch.uint8))

@@ -35,12 +35,25 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def write_tensor(
-    fd: int, path: Path, tensor: torch.Tensor, offset: int
+    fd: int,
+    path: Path,
+    tensor: torch.Tensor,
+    offset: int,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[int]:
-    """Writes a tensor at a byte of a file; yields the length of each chunk written."""
+    """Writes a tensor at a byte of a file; yields the length of each chunk written.
+
+    Args:
+        fd: The open file.
+        path: Its path, for errors.
+        tensor: On any device, with any strides.
+        offset: The byte of the file to begin at.
+        dtype: What to cast to, chunk by chunk; None: nothing.
+    """
     for piece in _pieces(tensor.detach()):
         # A conjugate or negative view keeps its sign apart from its bytes.
         piece = piece.cpu().resolve_conj().resolve_neg().contiguous()
+        piece = piece if dtype is None else piece.to(dtype)
         with disk_errors(path):
             write_at(fd, memory(piece), offset)
         offset += piece.nbytes

@@ -123,6 +123,12 @@ class Spec(Printed):
         return found
 
     @property
+    def has_tensors(self) -> bool:
+        """Whether there is anything to attach to."""
+        empty = ("block", "dropout", "shared")
+        return any(spec.own or spec.kind not in empty for spec in self.walk())
+
+    @property
     def reads_sideways(self) -> bool:
         """Whether a forward reads tensors of modules that it does not call."""
         return any(spec.kind == "sideways" for spec in self.walk())
@@ -261,9 +267,9 @@ def specs(
     ]
     tree = leaves
     for level in range(depth):
-        nodes = st.one_of(leaves, leaves, tree) if level else leaves
+        nodes = st.one_of(leaves, leaves, leaves, tree) if level else leaves
         tree = _blocks(nodes, st.sampled_from(owned))
-    return tree
+    return tree.filter(lambda spec: spec.has_tensors)
 
 
 def _blocks(

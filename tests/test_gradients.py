@@ -146,6 +146,28 @@ def test_gradients_of_hidden_outputs_are_refused_or_right(
         assert same_bits(got, want)
 
 
+class _Enables(nn.Module):
+    """Asks for gradients by itself, whatever its caller says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            return x @ self.weight.T
+
+
+def test_a_gradient_that_the_model_asks_for_itself_is_refused() -> None:
+    model = nn.Sequential(_Enables(), *linears(depth=2))
+    with offloaded(model, store="disk", limit_gb=0):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="gradient"):
+                run(model[0], torch.randn(2, 32))
+            with pytest.raises(RuntimeError, match="gradient"):
+                run(model, torch.randn(2, 32))
+
+
 @pytest.mark.parametrize("store", ["cpu", "disk"])
 @pytest.mark.parametrize("warm", [False, True])
 def test_training_a_model_that_fits_without_a_limit_gives_the_same_weights(

@@ -251,7 +251,7 @@ class _Sampler:
 def test_host_memory_does_not_double_while_weights_go_to_disk(
     dtype: torch.dtype | None,
 ) -> None:
-    model = linears(width=1024, depth=32)
+    model = linears(width=3072, depth=4)  # large enough to go back to the system
     total = weight_bytes(model)
     policy = OffloadPolicy(store="disk", storage_dtype=dtype, limit_gb=0)
     with _Sampler() as memory:

@@ -71,6 +71,7 @@ USES: dict[str, Use] = {
     "numpy": lambda m, x: x * torch.from_numpy(m.child.bias.detach().numpy().copy()),
     "iteration": lambda m, x: x * sum(row[0] for row in m.child.weight),
     "copy": lambda m, x: x @ torch.empty_like(m.child.weight).copy_(m.child.weight),
+    "forward itself": lambda m, x: m.child.forward(x),
     "sideways and called": lambda m, x: m.child(x @ m.child.weight),
     "called and sideways": lambda m, x: m.child(x) @ m.child.weight,
     "its own user": lambda m, x: functional.linear(x, m.before.weight),
@@ -308,3 +309,40 @@ def test_a_weight_may_be_written_sideways(fields: dict[str, Any]) -> None:
             mine = model.state_dict()["0.child.bias"]
             assert torch.allclose(mine, plain[0].child.bias.detach().to(mine.dtype))
     assert torch.allclose(model[0].child.bias, plain[0].child.bias.to(torch.float32))
+
+
+class _Shows(nn.Module):
+    """Returns a view of its child's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"row": self.child.weight[1], "all": self.child.weight}
+
+
+class _Scales(nn.Module):
+    """Uses what another module showed, after other layers have run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shows = _Shows()
+        self.layers = linears(WIDTH, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shown = self.shows(x)
+        return (self.layers(x) * shown["row"]) @ shown["all"]
+
+
+@pytest.mark.parametrize("layers_in_window", [0, 1, 2, 3, 5])
+def test_a_view_of_a_weight_read_sideways_may_be_returned(
+    layers_in_window: int,
+) -> None:
+    model, x = _Scales(), torch.randn(2, WIDTH)
+    want = run(copy.deepcopy(model), x)
+    least = least_limit_gb(model, store="disk")
+    limit_gb = layers_in_window * least
+    with offloaded(model, store="disk", limit_gb=limit_gb, debug=True):
+        for _ in range(3):
+            assert same_bits(run(model, x), want)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from tests.small_models import (
 )
 from tests.snapshots import Snapshot, assert_untouched
 
-PATIENCE = 30.0  # seconds after which a thread counts as blocked
+PATIENCE = 5.0  # seconds after which a thread counts as blocked
 
 LIMITS = [0, 0.00008, None]
 every_limit = pytest.mark.parametrize("limit_gb", LIMITS)
@@ -42,24 +42,38 @@ class Killed(BaseException):
     """Ends a thread like Ctrl-C: hooks for a failed forward do not run."""
 
 
-def _in_thread(action: Callable[[], Any]) -> Any:
-    """Run an action in a new thread; fail if it does not end, raise what it raises."""
-    results: list[Any] = []
+class Worker:
+    """Runs an action in a daemon thread: one that hangs fails its test and no other."""
 
-    def work() -> None:
+    def __init__(self, action: Callable[..., Any], *args: Any) -> None:
+        self._action = functools.partial(action, *args)
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
         try:
-            results.append((action(), None))
+            self._value = self._action()
         except BaseException as error:
-            results.append((None, error))
+            self._error = error
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    assert not thread.is_alive(), "the thread is blocked"
-    value, error = results[0]
-    if error is not None:
-        raise error
-    return value
+    def result(self) -> Any:
+        """Return what the action returned, or raise what it raised."""
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive(), "the thread is blocked"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _in_thread(action: Callable[..., Any], *args: Any) -> Any:
+    return Worker(action, *args).result()
+
+
+def _in_threads(action: Callable[[int], Any], count: int) -> list[Any]:
+    workers = [Worker(action, number) for number in range(count)]
+    return [worker.result() for worker in workers]
 
 
 @every_limit
@@ -79,8 +93,7 @@ def test_threads_that_call_one_model_get_their_own_results(
         for seed in range(number, count * rounds, count):
             assert_same(run(model, tokens(seed)), wanted[seed])
 
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(work, range(count), timeout=PATIENCE))
+    _in_threads(work, count)
     assert offload_stats(model).forwards == count * rounds
     limit = 2**30 * (limit_gb or 1)
     assert offload_stats(model).peak_bytes <= limit
@@ -103,8 +116,7 @@ def test_threads_that_call_parts_and_the_whole_get_their_own_results(
             else:
                 assert_same(run(model.blocks[1], x), part)
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4), timeout=PATIENCE))
+    _in_threads(work, 4)
     detach(model)
 
 
@@ -120,8 +132,7 @@ def test_threads_that_call_two_models_do_not_disturb_each_other(
         for _ in range(12):
             assert_same(run(models[number % 2], tokens()), wanted[number % 2])
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4), timeout=PATIENCE))
+    _in_threads(work, 4)
     for model in models:
         detach(model)
 
@@ -139,8 +150,7 @@ def test_thread_waits_for_a_forward_that_takes_long(tmp_path: Path) -> None:
         inside[0] -= 1
 
     handle = model.blocks[1].up.register_forward_pre_hook(linger)
-    with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(lambda seed: run(model, tokens(seed)), range(2)))
+    outputs = _in_threads(lambda seed: run(model, tokens(seed)), 2)
     handle.remove()
     for output, value in zip(outputs, wanted, strict=True):
         assert_same(output, value)
@@ -221,8 +231,7 @@ def test_threads_go_on_while_others_die(tmp_path: Path) -> None:
             else:
                 assert_same(run(model, tokens()), wanted)
 
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(work, range(3), timeout=PATIENCE))
+    _in_threads(work, 3)
     handle.remove()
     detach(model)
     assert_untouched(model, before, same_memory=False)
@@ -254,11 +263,10 @@ def test_detach_waits_for_the_forward_of_another_thread(tmp_path: Path) -> None:
         time.sleep(0.5)
 
     handle = model.blocks[1].up.register_forward_pre_hook(linger)
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(run, model, tokens())
-        assert inside.wait(PATIENCE)
-        detach(model)
-        assert_same(future.result(PATIENCE), wanted)
+    worker = Worker(run, model, tokens())
+    assert inside.wait(PATIENCE)
+    detach(model)
+    assert_same(worker.result(), wanted)
     handle.remove()
     assert_untouched(model, before, same_memory=False)
 
@@ -266,13 +274,14 @@ def test_detach_waits_for_the_forward_of_another_thread(tmp_path: Path) -> None:
 def test_thread_that_waits_at_detach_runs_the_plain_model(tmp_path: Path) -> None:
     model = tiny_model()
     wanted = expected(model, tokens())
+    before = Snapshot(model, tmp_path)
     for _ in range(6):
         attach_offload_hooks(model, on_disk(tmp_path))
-        with ThreadPoolExecutor(3) as pool:
-            futures = [pool.submit(run, model, tokens()) for _ in range(6)]
-            detach(model)
-            for future in futures:
-                assert_same(future.result(PATIENCE), wanted)
+        workers = [Worker(run, model, tokens()) for _ in range(4)]
+        detach(model)
+        for worker in workers:
+            assert_same(worker.result(), wanted)
+    assert_untouched(model, before, same_memory=False)
 
 
 @every_limit
@@ -289,14 +298,15 @@ def test_saving_in_one_thread_while_another_computes_gives_the_weights(
         while not stop.is_set():
             assert_same(run(model, tokens()), wanted)
 
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(compute)
+    worker = Worker(compute)
+    try:
         for _ in range(20):
             saved = {k: v.clone() for k, v in model.state_dict().items()}
             for name, tensor in state.items():
                 assert_same(saved[name], tensor)
+    finally:
         stop.set()
-        future.result(PATIENCE)
+    worker.result()
     detach(model)
 
 
@@ -335,6 +345,5 @@ def test_threads_on_streams_of_their_own_get_their_own_results(count: int) -> No
                 torch.cuda.current_stream().synchronize()
                 assert_same(output, wanted[seed])
 
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(work, range(count), timeout=PATIENCE))
+    _in_threads(work, count)
     detach(model)

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # Asking CUDA whether it is there would keep forked processes from using it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -41,7 +41,7 @@ DEVICE_TIMEOUT = 90.0
 def main(kind: type[Subject], description: str | None) -> int:
     """Runs a benchmark from the command line; returns 1 if a row failed."""
     if sys.argv[1:2] == ["--child"]:
-        return _child(kind, json.loads(sys.argv[2]))
+        _child(kind, json.loads(sys.argv[2]))
     options = _parse(kind, description)
     # A pool of threads that this process started would hang those forked from it.
     torch.set_num_threads(1)
@@ -142,12 +142,10 @@ class Benchmark:
 
     def run(self, trial: Trial) -> Row:
         """Measures a trial in a process of its own; the row is kept."""
-        left = self.options.deadline - (time.perf_counter() - self._began)
+        deadline = self.options.deadline or float("inf")
+        left = deadline - (time.perf_counter() - self._began)
         if left <= 0:
-            row = {
-                **asdict(trial),
-                "error": f"not run: {self.options.deadline:g} s over",
-            }
+            row = {**asdict(trial), "error": f"not run: {deadline:g} s are over"}
         else:
             most = (
                 DEVICE_TIMEOUT if trial.kind == "device" else self.options.row_timeout
@@ -231,21 +229,21 @@ def _in_fork(
     built: nn.Module | None,
     path: Path,
     log: Path,
-) -> None:
+) -> NoReturn:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     _write(path, answer(trial, subject, options, built))
-    # What the parent would do at its end is not this process's to do.
+    # Neither the parent's end is for this process to come to, nor a slow one.
     os._exit(0)
 
 
-def _child(kind: type[Subject], job: dict[str, Any]) -> int:
+def _child(kind: type[Subject], job: dict[str, Any]) -> NoReturn:
     options = argparse.Namespace(**job["options"])
     trial = Trial(**job["trial"])
     subject = None if trial.kind == "device" else kind(options)
     _write(Path(job["answer"]), answer(trial, subject, options, None))
-    return 0
+    os._exit(0)
 
 
 def _write(path: Path, row: Row) -> None:
@@ -317,7 +315,6 @@ def _parse(kind: type[Subject], description: str | None) -> argparse.Namespace:
     add(
         "--deadline",
         type=float,
-        default=float("inf"),
         metavar="S",
         help="start no row and let none run after so many seconds",
     )

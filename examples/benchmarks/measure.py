@@ -122,7 +122,7 @@ def link_speed(device: torch.device) -> float | None:
         there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
     except RuntimeError:  # no memory is left; other rows measure it too
         return None
-    seconds = []
+    seconds: list[float] = []
     for _ in range(LINK_COPIES):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

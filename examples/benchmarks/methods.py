@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,7 +99,7 @@ def _diffusers_block(model: nn.Module, way: Way) -> object:
     return _diffusers(model, way, offload_type="block_level", num_blocks_per_group=1)
 
 
-def _diffusers(model: nn.Module, way: Way, **how: object) -> object:
+def _diffusers(model: nn.Module, way: Way, **how: Any) -> object:
     from diffusers.hooks import apply_group_offloading
 
     apply_group_offloading(

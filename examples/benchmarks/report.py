@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -71,7 +72,7 @@ def print_table(rows: list[Row], machine: Row) -> None:
     plain = {r["storage"]: r for r in good if r["method"] == "resident"}
     compute = min((row["seconds"] for row in plain.values()), default=None)
     links = [row["link"] for row in [machine, *good] if row.get("link")]
-    link = max(links, default=None)
+    link: float | None = max(links, default=None)
     print()
     if links:
         print(
@@ -95,7 +96,7 @@ def print_stress(row: Row) -> None:
     print()
     if "error" in row:
         print(f"stress: {row['error']}")
-        print(row.get("traceback", row.get("log", ""))[-2000:])
+        print(str(row.get("traceback") or row.get("log"))[-2000:])
         return
     print(
         f"stress: {row['forwards']} forwards in {row['seconds']:.0f} s, "
@@ -139,6 +140,8 @@ def _line(
     same = "-"
     if plain is not None:
         right = row["one_checksum"] and row["checksum"] == plain["checksum"]
+        # Wherever all values are NaN, all methods agree.
+        right = right and math.isfinite(row["mean"])
         same = "yes" if right else "NO"
     limit = row["limit_gb"] * 2**30 if method.startswith("hookoffload") else None
     reserved = limit and max(limit * RESERVED_SHARE, limit + RESERVED_MARGIN)
@@ -169,6 +172,8 @@ def _gib(value: int | None, limit: float | None = None) -> str:
 
 
 def _calls(row: Row) -> str:
+    if "error" in row["profile"]:
+        return f"no trace: {_cut(row['profile']['error'])}"
     telling = {
         name: count
         for name, count in row["profile"]["calls"].items()

@@ -20,6 +20,8 @@ import hookoffload
 CHANGE_LIMIT, BREAK_OFF = 0.2, 0.1
 # Of the changes of the limit, those that detach and attach anew.
 ATTACH_ANEW = 0.25
+# Of the time of a row, after which the run ends early instead of being ended.
+TIME_SHARE = 0.8
 
 
 class Deliberate(Exception):
@@ -84,6 +86,8 @@ def stress(
     before, began = _memory(device), time.perf_counter()
     attach(limit)
     for _ in range(options.stress):
+        if time.perf_counter() - began > options.row_timeout * TIME_SHARE:
+            break
         if draw.random() < CHANGE_LIMIT:
             limit = math.exp(draw.uniform(math.log(limits[0]), math.log(limits[-1])))
             if set_limit is None or draw.random() < ATTACH_ANEW:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 DTYPE = torch.bfloat16
 SEED = 0
-THREADS = min(16, os.cpu_count() or 1)
+# Threads that build, and those that PyTorch has unless it is told otherwise.
+BUILDERS = min(16, os.cpu_count() or 1)
+THREADS = torch.get_num_threads()
 
 # Drawing 20e9 normal numbers takes minutes, so one block of them fills every weight,
 # each from its own place on. The length is a prime number: rows of no width repeat.
@@ -102,7 +104,7 @@ def build(subject: Subject) -> nn.Module:
         if values.dim() == 1 and name.endswith("weight"):
             flat += 1  # a norm scales by about one
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(BUILDERS) as pool:
         filled = [
             pool.submit(fill, name, parameter.data, places.randrange(_BLOCK))
             for name, parameter in model.named_parameters()
@@ -119,7 +121,7 @@ def own_pages(model: nn.Module) -> None:
     time that nobody pays who has loaded a model himself.
     """
     parameters = list(model.parameters())
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(BUILDERS) as pool:
         # All are copied before the first old one goes: what is freed in between would
         # be handed out again, in pieces.
         copies = list(pool.map(lambda parameter: parameter.data.clone(), parameters))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import logging
 import statistics
@@ -74,6 +75,8 @@ def answer(
         "storage": trial.storage,
     }
     began = time.perf_counter()
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(max(options.row_timeout - 5, 1))
     try:
         device = torch.device(options.device)
         if device.type == "cuda":
@@ -87,6 +90,7 @@ def answer(
         text = " ".join(str(error).split())
         row |= {"error": f"{type(error).__name__}: {text}"}
         row["traceback"] = traceback.format_exc()[-4000:]
+    faulthandler.cancel_dump_traceback_later()
     row["notes"] = notes.lines
     row["row_seconds"] = time.perf_counter() - began
     return row
@@ -160,7 +164,10 @@ def _timed(
         row["plan"] = str(plan).splitlines()[:8]
         row["stats"] = str(offload_stats(model))
     if trial.profile:
-        row["profile"] = _profile(runner, subject, trial.profile)
+        try:
+            row["profile"] = _profile(runner, subject, trial.profile)
+        except (OSError, RuntimeError) as error:  # the row's figures stand
+            row["profile"] = {"file": trial.profile, "error": str(error)}
     if trial.method == "hookoffload":
         began = time.perf_counter()
         detach(model)

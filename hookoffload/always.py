@@ -1,0 +1,115 @@
+"""Buffers and their like: on the compute device for as long as a model is onloaded."""
+
+from __future__ import annotations
+
+import torch
+
+from .device_memory import Block, DeviceMemory
+from .layer import Layer
+from .store import Master
+
+
+class AlwaysResident:
+    """What is on the compute device whatever the plan says.
+
+    What needs no cast is bound between passes too. What has another dtype there than
+    at rest is bound only while a call is under way, so that ``.dtype`` stays right.
+
+    Args:
+        uncast: masters that compute in the dtype in which they rest.
+        cast: masters that do not.
+        memory: the compute device's.
+    """
+
+    __slots__ = ("_cast", "_entered", "_memory", "_uncast")
+
+    def __init__(self, uncast: Layer, cast: Layer, memory: DeviceMemory) -> None:
+        self._uncast = uncast
+        self._cast = cast
+        self._memory = memory
+        self._entered = False
+
+    @property
+    def masters(self) -> list[Master]:
+        """All masters."""
+        return [*self._uncast.masters, *self._cast.masters]
+
+    def onload(self) -> None:
+        """Take the memory, bind what needs no cast."""
+        for layer in (self._uncast, self._cast):
+            if layer.resident is not None:
+                continue
+            layer.resident = blocks = []  # kept as they come: a later one may not fit
+            for piece in layer.pieces:
+                size = piece.master.count * _dtype(piece.master).itemsize
+                blocks.append(self._memory.allocate("always", size, piece.master.name))
+            self._fill(layer, blocks)
+        if self._uncast.pieces and not self._uncast.stays_bound:
+            self._uncast.bind(None)
+            self._uncast.stays_bound = True
+
+    def _fill(self, layer: Layer, blocks: list[Block]) -> None:
+        layer.copied_revision = layer.revision()
+        for piece, block in zip(layer.pieces, blocks, strict=True):
+            master = piece.master
+            block.typed(_dtype(master))[: master.count].copy_(master.flat)
+
+    def enter(self) -> None:
+        """Bind what is cast, at the beginning of the outermost call."""
+        layer = self._cast
+        if self._entered or not layer.pieces:
+            return
+        assert layer.resident is not None, "calls begin behind onload"
+        if layer.revision() != layer.copied_revision:
+            self._fill(layer, layer.resident)
+        layer.bind(None)
+        self._entered = True
+
+    def leave(self) -> None:
+        """Put what is cast to rest, at the end of the outermost call."""
+        if not self._entered:
+            return
+        self._entered = False
+        self._take_back(self._cast)
+        self._cast.put_to_rest()
+        self._cast.copied_revision = self._cast.revision()
+
+    def release(self) -> None:
+        """Put everything to rest and give the memory back."""
+        self.leave()
+        if self._uncast.stays_bound:
+            self._take_back(self._uncast)
+            self._uncast.put_to_rest()
+            self._uncast.stays_bound = False
+        for layer in (self._uncast, self._cast):
+            for block in layer.resident or ():
+                self._memory.free(block)
+            layer.resident = None
+
+    def sync(self) -> None:
+        """Bring what forwards wrote into the masters."""
+        if self._uncast.stays_bound:
+            self._take_back(self._uncast)
+        if self._entered:
+            self._take_back(self._cast)
+
+    @staticmethod
+    def _take_back(layer: Layer) -> None:
+        """Copy values that a forward changed into their masters.
+
+        Values are compared, because some kernels write to statistics without moving
+        their version (batch norm does under inference mode). What is cast on an
+        accelerator goes by the version alone: comparing would wait for it every pass.
+        """
+        for piece in layer.pieces:
+            for member in piece.master.members:
+                value, rest = member.tensor.data, member.rest
+                if value.dtype != rest.dtype and value.device.type != "cpu":
+                    piece.master.take_bound(member)
+                elif not torch.equal(value, rest.to(value)):
+                    rest.copy_(value)
+                    piece.master.note_change()
+
+
+def _dtype(master: Master) -> torch.dtype:
+    return torch.uint8 if master.mixed else master.codec.resident
