@@ -104,6 +104,10 @@ class CallTracker:
             self.depth = 0
             self._free.notify()
 
+    def knows(self, module: nn.Module) -> bool:
+        """Tell whether a call of a module counts as being inside the model."""
+        return id(module) in self._modules
+
     def runs_here(self) -> bool:
         """Tell whether the current thread really is inside the model."""
         return any(id(m) in self._modules for m in calls_under_way())

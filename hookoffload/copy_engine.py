@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 STAGING_BYTES = 16 * 2**20
 _STAGING_BUFFERS = 3
-_POISON = 0xFF  # as a float of any width: NaN
+POISON = 0xFF  # as a float of any width: NaN
 
 
 class Copy:
@@ -191,7 +191,7 @@ class HostCopyEngine:
 
     def poison(self, destination: torch.Tensor, token: object | None) -> None:
         """Overwrite released memory."""
-        destination.fill_(_POISON)
+        destination.fill_(POISON)
 
     def drain(self) -> None:
         """Return when no copy is under way."""
@@ -279,7 +279,7 @@ class StreamCopyEngine:
         assert isinstance(token, torch.Event)
         token.wait(self._stream)
         with _current(self._stream):
-            destination.fill_(_POISON)
+            destination.fill_(POISON)
 
     def drain(self) -> None:
         """Return when no copy is under way."""

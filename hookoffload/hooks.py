@@ -100,9 +100,11 @@ class Site(NotCopied):
                 "Call detach(model) first"
             )
         session.enter_call()
+        if session.ended:
+            session.leave_call()
+            return None
         if self.active and count_calls(module) <= self.active:
             session.recover()  # an earlier call never reached its post hook
-            session.enter_call()
         self.active += 1
         entered: list[Layer] = []
         try:
@@ -129,7 +131,7 @@ class Site(NotCopied):
         if session.probe is not None:
             session.probe.leave(self)
         try:
-            kept = session.checked_output(self, output)
+            kept = session.checked_output(self, args, output)
         finally:
             self.active -= 1
             for layer in reversed(self.layers):
@@ -206,6 +208,11 @@ class GatherSite(Site):
             return super().pre(module, args, kwargs)
         session = self.session
         session.enter_call()
+        if session.ended:
+            session.leave_call()
+            return None
+        if self.active and count_calls(module) <= self.active:
+            session.recover()
         self.active += 1
         self._gathering = True
         try:
@@ -242,7 +249,7 @@ class GatherSite(Site):
             session.take_stand_in_away(layer)
             if not isinstance(output, torch.Tensor):
                 return None
-            session.refuse_gradient(self, output)
+            session.refuse_gradient(self, output, args)
             indices = args[0] if args else kwargs["input"]
             table = layer.masters[0].members[0].rest
             rows = functional.embedding(indices.to(table.device), table)
@@ -359,9 +366,11 @@ class RootHooks(NotCopied):
                 "detach(model) first"
             )
         session.enter_call()
-        if self.active and count_calls(module) <= self.active:
+        if session.ended:
+            session.leave_call()
+            return None
+        if session.calls.depth > 1 and session.is_left_behind(self):
             session.recover()
-            session.enter_call()
         outermost = session.calls.depth == 1
         self.active += 1
         begun = False
@@ -401,6 +410,10 @@ class RootHooks(NotCopied):
             site = self._sites.pop()
             if site is not None:
                 kept = site.finish(module, args, kwargs, output)
+            if session.probe is not None and output is not None:
+                seen = output if kept is None else kept
+                clear = session.probe.outside_window(seen)
+                kept = kept if clear is None else clear
         except BaseException:
             failed, output = True, None
             raise

@@ -61,6 +61,7 @@ class Layer:
     """
 
     __slots__ = (
+        "_device",
         "bound",
         "can_stay",
         "cast_bytes",
@@ -90,6 +91,7 @@ class Layer:
         self.name = name
         self.masters = list(masters)
         self.pieces: list[Piece] = []
+        self._device = torch.device("cpu")
         self.stream_bytes = 0
         self.copy_bytes = 0
         self.cast_bytes = 0
@@ -134,6 +136,7 @@ class Layer:
             may_stay: the policy has a preparing placement.
         """
         self.pieces = []
+        self._device = device
         region = scratch = resident_scratch = 0
         self.copy_bytes = self.resident_bytes = 0
         self.can_stay = may_stay
@@ -161,6 +164,15 @@ class Layer:
         self.stream_bytes = region
         self.cast_bytes = scratch
         self.resident_cast_bytes = resident_scratch
+
+    @property
+    def readable_at_rest(self) -> bool:
+        """Whether forwards could use the masters where they lie, only more slowly."""
+        return all(
+            piece.scratch_offset is None
+            and piece.master.members[0].rest.device == self._device
+            for piece in self.pieces
+        )
 
     @property
     def copies_into_residence(self) -> bool:

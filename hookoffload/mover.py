@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .budget import MemoryBudget
-from .copy_engine import Copy, make_copy_engine
+from .copy_engine import POISON, Copy, make_copy_engine
 from .device_memory import ALIGNMENT, Block, DeviceMemory, align
 from .layer import Layer, resident_dtype
 from .order import ExecutionOrder
@@ -331,6 +331,8 @@ class LayerMover:
         if region is None or block is None:
             return
         layer.scratch = layer.scratch_block = None
+        if self._poison:  # it is the compute stream's alone
+            block.bytes[region.offset : region.offset + region.nbytes].fill_(POISON)
         if block is self._scratch_block:
             self._scratch.pop(region, self.engine.done())
         else:

@@ -351,9 +351,10 @@ def needs_outside_hooks(module: nn.Module) -> bool:
     """Tell whether hooks on a module would change what it computes.
 
     A transformer encoder layer takes its fused path only if no module in its subtree
-    has a hook, and the two paths differ in the last bits.
+    has a hook, and the two paths differ in the last bits. Scripted modules refuse
+    hooks.
     """
-    return isinstance(module, nn.TransformerEncoderLayer)
+    return isinstance(module, nn.TransformerEncoderLayer | torch.jit.ScriptModule)
 
 
 def _unique(groups: list[TensorGroup]) -> list[TensorGroup]:

@@ -256,6 +256,7 @@ def _spec(layer: Layer, *, used: bool) -> LayerSpec:
         cast_bytes=layer.cast_bytes,
         resident_bytes=layer.resident_bytes,
         resident_cast_bytes=layer.resident_cast_bytes,
+        transit_bytes=0 if layer.copies_into_residence else layer.stream_bytes,
         held=layer.held,
         can_stay=layer.can_stay,
     )

@@ -18,6 +18,8 @@ class LayerSpec:
         cast_bytes: Bytes of scratch while bound, when streamed.
         resident_bytes: Bytes it keeps on the device when resident.
         resident_cast_bytes: Bytes of scratch while bound, when resident.
+        transit_bytes: Bytes of the region that it passes through on its way to
+            becoming resident, if it is cast there.
         held: Whether other layers can run while it is bound. Its region is then in the
             window's stack and not in its first-in-first-out part.
         can_stay: Whether it may be resident at all.
@@ -29,6 +31,7 @@ class LayerSpec:
     cast_bytes: int = 0
     resident_bytes: int = 0
     resident_cast_bytes: int = 0
+    transit_bytes: int = 0
     held: bool = False
     can_stay: bool = True
 

@@ -135,12 +135,15 @@ class _Needs:
         alone = set(range(len(layers))).difference(*chains)
         self.chains = [tuple(dict.fromkeys(chain)) for chain in chains]
         self.chains += [(index,) for index in sorted(alone)]
-        self.stack = 0
         self.scratch = 0
         self._layers = layers
         self._resident_bytes = 0
         self._ring_total = 0
-        self.ring_least = 0
+        # Even where nothing streams, layers that are cast on their way to becoming
+        # resident pass through.
+        stay = [layer for layer in layers if layer.can_stay]
+        self.ring_least = max((s.transit_bytes for s in stay if not s.held), default=0)
+        self.stack = max((s.transit_bytes for s in stay if s.held), default=0)
         self._held_in = [0] * len(self.chains)
         self._casts_in = [0] * len(self.chains)
         self._chains_of: list[list[int]] = [[] for _ in layers]
@@ -156,7 +159,7 @@ class _Needs:
 
     @property
     def ring_wanted(self) -> int:
-        return _ring_wanted(self.ring_least, self._ring_total)
+        return max(_ring_wanted(self.ring_least, self._ring_total), self.ring_least)
 
     def total(self, ring: int) -> int:
         """Bytes taken with such a ring, without what is there always."""

@@ -3,8 +3,9 @@
 ``F.linear(x, self.child.weight)`` reads a weight without calling the module that owns
 it, so that no hook of that module runs. While the probe is on (the first pass, and the
 first after an exception) every call of a torch function is looked at; a managed tensor
-among the arguments whose layer is not bound is bound on the spot, for as long as the
-module that uses it runs, and its layer joins that module for later passes.
+among the arguments whose layer is not bound is bound on the spot, for the length of
+that call (or of the module's, if the result is a view), and its layer joins the module
+that uses it for later passes.
 
 A torch function mode makes some modules take another path than without one (the fused
 paths of multi-head attention look for it), and results would differ in their last
@@ -22,6 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from .budget import BudgetExceededError
 from .calls import count_calls
 from .layer import Layer
 
@@ -61,8 +63,10 @@ class _User:
     def pre(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.probe.note_begin(self.name, module)
 
-    def post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        kept = self.probe.outside_window(output)
         self.probe.note_end(self.name)
+        return kept
 
 
 class Probe(TorchFunctionMode):
@@ -149,6 +153,12 @@ class Probe(TorchFunctionMode):
         finally:
             self._away -= 1
 
+    def outside_window(self, output: Any) -> Any:
+        """Return an output of a module without layers, clear of the window."""
+        if not self._on or not self._stack[-1][1]:
+            return None
+        return self._session.outside_window(output)
+
     def enter(self, site: Site) -> None:
         """Note that a site's module runs."""
         self.note_begin(site.name, site.module)
@@ -190,32 +200,54 @@ class Probe(TorchFunctionMode):
     ) -> Any:
         """Bind what the call uses, then make the call."""
         kwargs = kwargs or {}
-        if self._on and not self._away:
-            self._look(func, args)
+        if not self._on or self._away:
+            return func(*args, **kwargs)
+        bound: list[Layer] = []
+        try:
+            self._look(func, args, bound)
             if kwargs:
-                self._look(func, kwargs.values())
-        return func(*args, **kwargs)
+                self._look(func, kwargs.values(), bound)
+            result = func(*args, **kwargs)
+        except BaseException:
+            self._release(bound)
+            raise
+        if bound and self._session.in_window(result):
+            # A view of the weight: it may be used until the module has ended.
+            self._stack[-1][1].extend(bound)
+        else:
+            self._release(bound)
+        return result
 
-    def _look(self, func: Callable[..., Any], values: Any) -> None:
+    def _release(self, layers: list[Layer]) -> None:
+        for layer in reversed(layers):
+            self._session.release(layer)
+
+    def _look(self, func: Callable[..., Any], values: Any, bound: list[Layer]) -> None:
         for value in values:
             if isinstance(value, torch.Tensor):
                 found = self._layers.get(id(value))
                 if found is None or found[0].bound or found[0].stands_in:
                     continue
-                self._use(func, *found)
+                self._use(func, *found, bound)
             elif isinstance(value, list | tuple):
-                self._look(func, value)
+                self._look(func, value, bound)
 
-    def _use(self, func: Callable[..., Any], layer: Layer, name: str) -> None:
+    def _use(
+        self, func: Callable[..., Any], layer: Layer, name: str, bound: list[Layer]
+    ) -> None:
         if not self._needs_bytes(func, layer) or layer.stays_bound:
             return
         if not count_calls(self._session.model):
             self._on = False  # left over from a pass that Ctrl-C ended
             return
-        user, bound = self._stack[-1]
-        self._session.bind(layer)
+        self.joined.append((self._stack[-1][0], name))
+        try:
+            self._session.bind(layer)
+        except BudgetExceededError:
+            if not layer.readable_at_rest:
+                raise
+            return  # the compute device can use it where it rests
         bound.append(layer)
-        self.joined.append((user, name))
 
     @staticmethod
     def _needs_bytes(func: Callable[..., Any], layer: Layer) -> bool:

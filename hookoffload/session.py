@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .always import AlwaysResident
 from .assembly import Assembly, assemble
 from .budget import BudgetExceededError, MemoryBudget
-from .calls import CallTracker, in_functional_call
+from .calls import CallTracker, calls_under_way, in_functional_call
 from .containers import map_tensors, tensors_in
 from .hooks import GatherSite, OutsideHooks, RootHooks, Site, can_gather
 from .layer import Layer
@@ -74,6 +74,7 @@ class Session(NotCopied):
         self.planner = PassPlanner(policy, self.budget, self.mover.memory)
         self.probe: Probe | None = None
         self.onloaded = False
+        self.ended = False  # a thread may still wait at a hook that is off by now
         self.sites: list[Site] = []
         self.root_site: Site | None = None
         self.layers: list[Layer]
@@ -191,6 +192,7 @@ class Session(NotCopied):
         finally:
             self.mover.close()
             self.onloaded = False
+            self.ended = True
 
     def register_hooks(self) -> None:
         """Hang the hooks on every site but the root's, which `RootHooks` serves."""
@@ -233,7 +235,8 @@ class Session(NotCopied):
         if not self.onloaded:
             self.onload()
         self.always.enter()
-        if torch.is_grad_enabled() and self._guard is None and not self.all_stay:
+        # Also under no_grad: a forward can enable gradients for itself.
+        if self._guard is None and not self.all_stay:
             self._guard = torch.autograd.graph.saved_tensors_hooks(
                 self._refuse_to_keep, _as_it_is
             )
@@ -250,13 +253,20 @@ class Session(NotCopied):
         memory = self.mover.memory
         plain = tensor.device == memory.device and tensor.layout is torch.strided
         if self.calls.depth and plain and memory.overlaps_transient(tensor.data_ptr()):
-            self._refuse_gradient(type(self.model).__name__)
+            names = {id(site.module): site.name for site in self.sites}
+            inside = (names.get(id(module)) for module in calls_under_way())
+            name = next((name for name in inside if name), None)
+            self._refuse_gradient(name or type(self.model).__name__)
         return tensor
 
     def recover(self) -> None:
-        """Clean up behind a call that never reached its post hook (Ctrl-C)."""
-        self.calls.release()
+        """Clean up behind a call that never reached its post hook (Ctrl-C).
+
+        The thread stays the owner all the time, and is at the outermost level then:
+        that of the call which noticed.
+        """
         self._forget_interrupted_calls()
+        self.calls.depth = 1
 
     def _forget_interrupted_calls(self) -> None:
         logger.info("cleaning up behind an interrupted forward")
@@ -270,6 +280,15 @@ class Session(NotCopied):
         self.mover.drop_all()
         self.mover.order.end_pass(complete=False)
         self._probe_next = True
+
+    def is_left_behind(self, root: RootHooks) -> bool:
+        """Tell whether the levels around a call of the root are a dead call's."""
+        called = list(calls_under_way())
+        inside = sum(module is self.model for module in called)
+        if root.active:
+            return inside <= root.active
+        # The innermost is the call of the root that asks.
+        return not any(self.calls.knows(module) for module in called[1:])
 
     def require_idle(self, what: str) -> None:
         """Raise if the model is running in this thread; wait for other threads.
@@ -285,7 +304,6 @@ class Session(NotCopied):
                     "between two forwards"
                 )
             self.recover()
-            self.calls.enter()
 
     # -- passes ---------------------------------------------------------------------
 
@@ -390,7 +408,10 @@ class Session(NotCopied):
 
     def _take_over_replaced(self) -> None:
         """Manage parameters that replaced others (``load_state_dict(assign=True)``)."""
-        check_tensors(self.model)
+        try:
+            check_tensors(self.model)
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
         self._rebuild()
         self._page_lock.unlock(self.store.masters)
         self.store.replace_masters(self._assembly.moved_masters, self.policy.offload)
@@ -512,7 +533,7 @@ class Session(NotCopied):
 
         return map_tensors(value, move)
 
-    def checked_output(self, site: Site, output: Any) -> Any:
+    def checked_output(self, site: Site, args: tuple[Any, ...], output: Any) -> Any:
         """Return an output that is safe to keep when the layers are released.
 
         Raises:
@@ -520,25 +541,38 @@ class Session(NotCopied):
         """
         if output is None or all(_stays(layer) for layer in site.layers):
             return None
-        memory = self.mover.memory
-        aliases = False
         for tensor in tensors_in(output):
-            if tensor.requires_grad:
-                self.refuse_gradient(site, tensor)
-            if tensor.device == memory.device and tensor.layout is torch.strided:
-                aliases |= memory.overlaps_transient(tensor.data_ptr())
-        if not aliases:
+            if tensor.grad_fn is not None:
+                self.refuse_gradient(site, tensor, args)
+        return self.outside_window(output)
+
+    def in_window(self, output: Any) -> bool:
+        """Tell whether a tensor among these lies in memory that is used again."""
+        memory = self.mover.memory
+        return any(
+            memory.overlaps_transient(tensor.data_ptr())
+            for tensor in tensors_in(output)
+            if tensor.device == memory.device and tensor.layout is torch.strided
+        )
+
+    def outside_window(self, output: Any) -> Any:
+        """Return an output clear of memory that is used again; None if it is so."""
+        if not self.in_window(output):
             return None
+        return map_tensors(
+            output, lambda tensor: tensor.clone() if self.in_window(tensor) else tensor
+        )
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            inside = memory.overlaps_transient(tensor.data_ptr())
-            return tensor.clone() if inside else tensor
+    def refuse_gradient(
+        self, site: Site, output: torch.Tensor, args: tuple[Any, ...]
+    ) -> None:
+        """Raise if an output carries a graph through weights that are gone later.
 
-        return map_tensors(output, keep)
-
-    def refuse_gradient(self, site: Site, output: torch.Tensor) -> None:
-        """Raise if an output carries a graph through weights that are gone later."""
-        if output.requires_grad and torch.is_grad_enabled():
+        Without gradients enabled around it, a forward may pass an input on that has a
+        graph of its own; what else has one was made in the forward.
+        """
+        passed_on = any(output is tensor for tensor in tensors_in(args))
+        if output.grad_fn is not None and (torch.is_grad_enabled() or not passed_on):
             self._refuse_gradient(site.name or type(self.model).__name__)
 
     @staticmethod

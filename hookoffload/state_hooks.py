@@ -44,6 +44,8 @@ class StateHooks(NotCopied):
         """Hang the hooks on every module with tensors of its own."""
         self.renew()
         for module in self.session.model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # they refuse hooks
             if not module._parameters and not module._buffers:
                 continue
             keep = self._handles.append

@@ -273,8 +273,11 @@ def _flat(tensor: torch.Tensor, low: int, high: int, mixed: bool) -> torch.Tenso
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """Return the in-place version, 0 for inference tensors (they keep none)."""
-    return 0 if tensor.is_inference() else tensor._version
+    """Return the in-place version, 0 for tensors made in inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0  # they keep none
 
 
 class Store:

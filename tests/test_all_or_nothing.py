@@ -20,6 +20,7 @@ from hookoffload import (
     attach_offload_hooks,
     detach,
     offload,
+    offload_stats,
     offloaded,
 )
 from tests.samples import STREAMING, Picture, Stack, linears, run, same_bits
@@ -190,26 +191,29 @@ def test_detach_after_an_exception_restores_the_model(
     assert before.differences(model) == []
 
 
+@pytest.mark.parametrize("place", ["in a layer", "between layers"])
 @pytest.mark.parametrize("make_error", ERRORS.values(), ids=ERRORS)
 @pytest.mark.parametrize("fields", STREAMING.values(), ids=STREAMING)
 def test_a_model_goes_on_after_an_exception(
-    fields: dict[str, Any], make_error: Callable[[], BaseException]
+    fields: dict[str, Any], make_error: Callable[[], BaseException], place: str
 ) -> None:
-    model = nn.Sequential(_Outer(), nn.Linear(32, 32))
+    model = nn.Sequential(_Outer(), _Exploding(), nn.Linear(32, 32))
+    bomb = model[0].bomb if place == "in a layer" else model[1]
     x = torch.randn(2, 32, dtype=fields.get("compute_dtype"))
     before = Picture(model)
     want = run(copy.deepcopy(model).to(x.dtype), x)
     with offloaded(model, **fields):
-        for _ in range(2):
-            error = model[0].bomb.error = make_error()
+        for part in (model, model, model[:2]):
+            error = bomb.error = make_error()
             with pytest.raises(type(error)):
-                run(model, x)
+                run(part, x)
             assert same_bits(run(model, x), want)
-            error = model[0].bomb.error = make_error()
-            with pytest.raises(type(error)):
-                run(model[0], x)
-            offload(model)
-            assert same_bits(run(model, x), want)
+        assert offload_stats(model).forwards == 3
+        error = bomb.error = make_error()
+        with pytest.raises(type(error)):
+            run(model, x)
+        offload(model)
+        assert same_bits(run(model, x), want)
     assert before.differences(model) == []
 
 

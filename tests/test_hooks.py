@@ -54,11 +54,11 @@ class _Nest(nn.Module):
 
     def __init__(self, depth: int) -> None:
         super().__init__()
-        self.own = nn.Parameter(torch.randn(16))
+        self.own = nn.Parameter(torch.randn(16, 16))
         self.child = _Nest(depth - 1) if depth else nn.Linear(16, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.child(x + self.own) * self.own
+        return self.child(x @ self.own) @ self.own
 
 
 @ALL
@@ -86,13 +86,13 @@ class _Recursive(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(16, 16)
-        self.own = nn.Parameter(torch.randn(16))
+        self.own = nn.Parameter(torch.randn(16, 16))
 
     def forward(self, x: torch.Tensor, times: int = 3) -> torch.Tensor:
-        x = self.linear(x) * self.own
+        x = self.linear(x) @ self.own
         if times:
             x = self(x, times - 1)
-        return x + self.own
+        return x @ self.own
 
 
 @ALL
@@ -212,37 +212,50 @@ def test_parts_of_a_model_may_be_called_on_their_own(fields: dict[str, Any]) -> 
 # -- hooks of the user --------------------------------------------------------------
 
 
+def _collects(weights: list[torch.Tensor]) -> Any:
+    """Return a hook that notes a module's weight."""
+    return lambda module, *_: weights.append(module.weight.detach().clone())
+
+
 @ALL
 @pytest.mark.parametrize("when", ["before", "while"])
 @pytest.mark.parametrize("prepend", [False, True])
-def test_hooks_of_the_user_find_the_weights_bound(
+def test_pre_hooks_of_the_user_find_the_weights_bound(
     prepend: bool, when: str, fields: dict[str, Any]
 ) -> None:
-    model = Stack()
+    model, weights = Stack(), []
     x = torch.randn(2, 32, dtype=fields.get("compute_dtype"))
     want = model.blocks[1].up.weight.detach().clone().to(x.dtype)
-    found: list[torch.Tensor] = []
-
-    def look(module: nn.Module, *_: Any) -> None:
-        found.append(module.weight.detach().clone())
-
-    def register() -> None:
-        module = model.blocks[1].up
-        module.register_forward_pre_hook(look, prepend=prepend and when == "before")
-        module.register_forward_hook(look, prepend=prepend)
-
+    hook = _collects(weights)
     if when == "before":
-        register()
+        model.blocks[1].up.register_forward_pre_hook(hook, prepend=prepend)
     with offloaded(model, **fields):
         if when == "while":
-            register()
-        for _ in range(2):
+            model.blocks[1].up.register_forward_pre_hook(hook)
+        least = offload_plan(model).least_bytes
+        for _ in range(3):
             run(model, x)
-    # A post hook that was there before, and is not prepended, runs before ours.
-    pre_hooks = found[::2]
-    assert len(pre_hooks) == 2 and all(same_bits(w, want) for w in pre_hooks)
-    if prepend or when == "before":
-        assert all(same_bits(weight, want) for weight in found)
+        assert offload_plan(model).least_bytes == least, "nothing was read sideways"
+    assert len(weights) == 3 and all(same_bits(found, want) for found in weights)
+
+
+@ALL
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_post_hooks_of_the_user_find_the_weights_bound(
+    when: str, fields: dict[str, Any]
+) -> None:
+    model, weights = Stack(), []
+    x = torch.randn(2, 32, dtype=fields.get("compute_dtype"))
+    want = model.blocks[1].up.weight.detach().clone().to(x.dtype)
+    module, hook = model.blocks[1].up, _collects(weights)
+    if when == "before":
+        module.register_forward_hook(hook)
+    with offloaded(model, **fields):
+        if when == "while":
+            module.register_forward_hook(hook, prepend=True)
+        for _ in range(3):
+            run(model, x)
+    assert len(weights) == 3 and all(same_bits(found, want) for found in weights)
 
 
 def test_hooks_of_the_user_may_change_inputs_and_outputs() -> None:

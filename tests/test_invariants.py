@@ -67,7 +67,15 @@ def test_parameters_are_the_same_objects_at_every_moment(
     assert all(seen and all(seen) for seen in inside if seen)
 
 
-@pytest.mark.parametrize("fields", STREAMING.values(), ids=STREAMING)
+NARROW: dict[str, dict[str, Any]] = {
+    "narrow, unlimited": {"compute_dtype": torch.bfloat16},
+    "disk, narrow, unlimited": {"store": "disk", "compute_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize(
+    "fields", [*STREAMING.values(), *NARROW.values()], ids=[*STREAMING, *NARROW]
+)
 def test_shape_dtype_and_value_at_rest_are_those_of_the_master(
     fields: dict[str, Any],
 ) -> None:
@@ -94,13 +102,15 @@ def test_an_edit_of_a_parameter_at_rest_is_an_edit_of_its_master(
         for factor in (2.0, 0.5):
             run(model, x)
             for each in (model, plain):
-                with torch.no_grad():
-                    each.blocks[1].up.weight.mul_(factor)
-                    each.scale.data = each.scale.data + 1
+                for name, parameter in each.named_parameters():
+                    with torch.no_grad():
+                        parameter.mul_(factor)
+                    if "norm" in name or name == "scale":
+                        parameter.data = parameter.data + 1
             want = run(copy.deepcopy(plain).to(dtype), x)
             assert same_bits(run(model, x), want)
-    assert same_bits(model.blocks[1].up.weight, plain.blocks[1].up.weight)
-    assert same_bits(model.scale, plain.scale)
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert same_bits(mine, theirs)
 
 
 # -- 2: what did not change is not copied back --------------------------------------

@@ -197,11 +197,12 @@ def test_limit_counts_in_gib(limit: Any, expected: int | None) -> None:
 
 
 @given(st.floats(min_value=0, max_value=1e9))
-def test_limit_in_bytes_never_exceeds_the_limit_said(limit: float) -> None:
+def test_limit_in_bytes_is_the_limit_said_and_zero_only_for_zero(limit: float) -> None:
     resolved = OffloadPolicy(limit_gb=limit, compute_device="cpu").resolve()
     assert resolved.limit_bytes is not None
     exact = Fraction(limit) * BYTES_PER_GIB
-    assert exact - 1 < resolved.limit_bytes <= exact
+    assert exact - 1 < resolved.limit_bytes <= max(exact, 1)
+    assert (resolved.limit_bytes == 0) == (limit == 0)
 
 
 # --- short fields and placements ---

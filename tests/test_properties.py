@@ -28,6 +28,7 @@ from tests.twins import (
     Reattach,
     State,
     Train,
+    Twin,
     run_case,
 )
 

@@ -167,6 +167,24 @@ def test_batch_norm_statistics_of_a_streamed_forward_are_kept(
     assert int(after["1.num_batches_tracked"]) == 3
 
 
+@pytest.mark.parametrize("limit_gb", [0, None])
+def test_batch_norm_statistics_are_kept_in_their_own_dtype(
+    limit_gb: float | None,
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    plain = copy.deepcopy(model).double()
+    with offloaded(model, compute_dtype=torch.float64, limit_gb=limit_gb):
+        for _ in range(3):
+            x = torch.randn(16, 4, dtype=torch.float64)
+            assert torch.allclose(run(model, x), run(plain, x))
+        state = model.state_dict()
+        assert state["1.running_mean"].dtype == torch.float32
+        assert torch.allclose(state["1.running_mean"], plain[1].running_mean.float())
+    assert torch.allclose(model[1].running_var, plain[1].running_var.float())
+    assert model[1].running_var.dtype == torch.float32
+    assert int(model[1].num_batches_tracked) == 3
+
+
 class _Mixed(nn.Module):
     """Parameters and buffers that no cast may touch, beside one that it may."""
 

@@ -70,9 +70,13 @@ class Traces:
 
     def note_tensors(self) -> None:
         """Takes the tensors of this moment for the ones to be found again."""
-        self._objects = _objects(self._model)
-        for _, tensor in self._objects:
-            self._facts.setdefault(id(tensor), _facts(tensor))
+        now = _objects(self._model)
+        # Those before are alive until here, so an id stands for one tensor.
+        self._facts = {
+            id(tensor): self._facts.get(id(tensor)) or _facts(tensor)
+            for _, tensor in now
+        }
+        self._objects = now
 
     def assert_objects(self) -> None:
         """Checks that every parameter and buffer is the object that it was."""

@@ -178,8 +178,9 @@ class Edit(Printed):
 
     Attributes:
         index: Which tensor, modulo their number.
-        how: "copy" (``tensor.copy_(new)``), "data" (``tensor.data.copy_(new)``) or
-            "swap" (``tensor.data = new``).
+        how: "copy" (``tensor.copy_(new)``), "swap" (``tensor.data = new``) or "data"
+            (``tensor.data.copy_(new)``, which is seen only in an offloaded model: the
+            model is offloaded before).
         seed: Of the values.
     """
 
@@ -407,6 +408,9 @@ class Twin:
             self._own = [t.dtype for t in tensors_of(self.model).values()]
 
     def _edit(self, action: Edit) -> None:
+        if action.how == "data":
+            offload(self.model)
+            self._interrupted = False
         tensors = list(tensors_of(self.model).values())
         references = list(tensors_of(self._rest).values())
         index = action.index % len(tensors)

@@ -145,7 +145,7 @@ class Benchmark:
         deadline = self.options.deadline or float("inf")
         left = deadline - (time.perf_counter() - self._began)
         if left <= 0:
-            row = {**asdict(trial), "error": f"not run: {deadline:g} s are over"}
+            row = {**trial.row(), "error": f"not run: {deadline:g} s are over"}
         else:
             most = (
                 DEVICE_TIMEOUT if trial.kind == "device" else self.options.row_timeout
@@ -181,7 +181,7 @@ class Benchmark:
                 row: Row = json.loads(answer_path.read_text())
             else:
                 last = (said.strip().splitlines() or ["it said nothing"])[-1]
-                row = {**asdict(trial), "error": f"{ended}: {last}"}
+                row = {**trial.row(), "error": f"{ended}: {last}"}
         row["log"] = said
         return row
 

@@ -51,6 +51,15 @@ class Trial:
     profile: str | None = None
     expected: dict[str, str] = field(default_factory=dict)
 
+    def row(self) -> Row:
+        """Returns what every row begins with."""
+        return {
+            "kind": self.kind,
+            "method": self.method,
+            "limit_gb": self.limit_gb,
+            "storage": self.storage,
+        }
+
 
 def answer(
     trial: Trial,
@@ -68,12 +77,7 @@ def answer(
     """
     notes = _Notes()
     logging.getLogger("hookoffload").addHandler(notes)
-    row: Row = {
-        "kind": trial.kind,
-        "method": trial.method,
-        "limit_gb": trial.limit_gb,
-        "storage": trial.storage,
-    }
+    row = trial.row()
     began = time.perf_counter()
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(options.row_timeout - 5, 1))
