@@ -34,6 +34,10 @@ class AlwaysResident:
         """All masters."""
         return [*self._uncast.masters, *self._cast.masters]
 
+    def forget(self) -> None:
+        """Drop the masters, behind detach."""
+        self._uncast = self._cast = Layer(-1, "", ())
+
     def onload(self) -> None:
         """Take the memory, bind what needs no cast."""
         for layer in (self._uncast, self._cast):

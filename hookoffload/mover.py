@@ -411,8 +411,8 @@ class LayerMover:
         """Bring what was written to a resident into its masters."""
         if layer.stays_bound:
             if layer.write_back():
-                layer.copied_revision = layer_revision_at_rest(layer)
-                layer.bind(None)
+                self.evict(layer)  # it may have been given other data than its blocks
+                self.plan = None  # so that the next pass makes it resident again
         elif not layer.bound and not layer.stands_in:
             for master in layer.masters:
                 master.reconcile(lenient=True)
@@ -447,11 +447,6 @@ class LayerMover:
     def close(self) -> None:
         """End the engine's thread."""
         self.engine.close()
-
-
-def layer_revision_at_rest(layer: Layer) -> int:
-    """Sum the revisions of a layer's masters without looking at the members."""
-    return sum(piece.master.revision for piece in layer.pieces)
 
 
 def _take(

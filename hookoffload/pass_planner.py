@@ -72,6 +72,10 @@ class PassPlanner:
             self._assembly, self._order, self._looked_up = before
             raise
 
+    def forget(self) -> None:
+        """Drop what refers to layers, behind detach."""
+        self._assembly = None
+
     def for_pass(self, input_elements: int, *, probing: bool) -> Plan:
         """Return the plan for a pass that begins now.
 

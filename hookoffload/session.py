@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -78,6 +79,7 @@ class Session(NotCopied):
         self.sites: list[Site] = []
         self.root_site: Site | None = None
         self.layers: list[Layer]
+        self._moved_masters: list[Master]
         self.always: AlwaysResident
         self.inside_atomic: frozenset[int]
         self.read_in_place: set[int]  # ids of tables that are never brought in
@@ -88,12 +90,13 @@ class Session(NotCopied):
         self._hooks_hang = False
         self._probe_next = True
         self._autocast_cache = True
-        self._guard: torch.autograd.graph.saved_tensors_hooks | None = None
+        self._guard: tuple[torch.autograd.graph.saved_tensors_hooks, int] | None
+        self._guard = None
         self.calls = CallTracker(frozenset(id(m) for m in model.modules()))
         self.root = RootHooks(self, model)
         self.state_hooks = StateHooks(self)
         self._build(partition(model, self.map))
-        self.store = Store(self._assembly.moved_masters, policy.disk_dir)
+        self.store = Store(self._moved_masters, policy.disk_dir)
         self._page_lock = PageLock(policy.compute_device, policy.pin_limit_bytes)
 
     # -- what there is --------------------------------------------------------------
@@ -125,7 +128,7 @@ class Session(NotCopied):
         self.inside_atomic = assembly.inside_atomic
         self._masters = assembly.masters
         self.mover.set_layers(assembly.layers, predicted)
-        self._assembly = assembly
+        self._moved_masters = assembly.moved_masters
 
     def _make_site(self, sketch: SiteSketch, assembly: Assembly) -> Site | None:
         layers = tuple(
@@ -193,6 +196,15 @@ class Session(NotCopied):
             self.mover.close()
             self.onloaded = False
             self.ended = True
+            # The hooks and this object refer to each other: until Python's collector
+            # comes round, nothing here may keep the weights.
+            self.sites, self.root_site = [], None
+            self.layers, self._masters, self._moved_masters = [], {}, []
+            self.mover.set_layers((), ())
+            self.store.masters = []
+            self.state_hooks.forget()
+            self.always.forget()
+            self.planner.forget()
 
     def register_hooks(self) -> None:
         """Hang the hooks on every site but the root's, which `RootHooks` serves."""
@@ -237,15 +249,18 @@ class Session(NotCopied):
         self.always.enter()
         # Also under no_grad: a forward can enable gradients for itself.
         if self._guard is None and not self.all_stay:
-            self._guard = torch.autograd.graph.saved_tensors_hooks(
+            guard = torch.autograd.graph.saved_tensors_hooks(
                 self._refuse_to_keep, _as_it_is
             )
-            self._guard.__enter__()
+            guard.__enter__()
+            self._guard = (guard, threading.get_ident())
 
     def _end_outermost_call(self) -> None:
         if self._guard is not None:
-            self._guard.__exit__()
+            guard, thread = self._guard
             self._guard = None
+            if thread == threading.get_ident():  # else it died with its thread
+                guard.__exit__()
         self.always.leave()
 
     def _refuse_to_keep(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -414,7 +429,7 @@ class Session(NotCopied):
             raise RuntimeError(str(error)) from error
         self._rebuild()
         self._page_lock.unlock(self.store.masters)
-        self.store.replace_masters(self._assembly.moved_masters, self.policy.offload)
+        self.store.replace_masters(self._moved_masters, self.policy.offload)
         if not self._waits_where_it_rests:
             self.onloaded = False
         self._page_lock.lock(self.store.masters)
@@ -472,6 +487,8 @@ class Session(NotCopied):
         self.always.sync()
         for layer in self.layers:
             self.mover.sync(layer)
+        if not self._hooks_hang and not self.all_stay:
+            self.register_hooks()
 
     def rest_for_loading(self) -> None:
         """Put everything to rest, so that loading writes to masters only."""
@@ -547,10 +564,14 @@ class Session(NotCopied):
         return self.outside_window(output)
 
     def in_window(self, output: Any) -> bool:
-        """Tell whether a tensor among these lies in memory that is used again."""
+        """Tell whether a tensor among these will have other bytes soon.
+
+        That is a view of memory that is used again, and a parameter itself.
+        """
         memory = self.mover.memory
         return any(
-            memory.overlaps_transient(tensor.data_ptr())
+            isinstance(tensor, nn.Parameter)
+            or memory.overlaps_transient(tensor.data_ptr())
             for tensor in tensors_in(output)
             if tensor.device == memory.device and tensor.layout is torch.strided
         )

@@ -77,6 +77,11 @@ class StateHooks(NotCopied):
         self._handles = []
         self.session.model.__dict__.pop("_apply", None)
 
+    def forget(self) -> None:
+        """Drop what refers to tensors, behind detach."""
+        self._managed = {}
+        self._expected = []
+
     def replaced_parameters(self) -> bool:
         """Tell whether another tensor or module is registered than was attached."""
         for registry, before in self._expected:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import threading
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,11 +25,13 @@ class Stream:
     """Stands in for ``torch.Stream``."""
 
     _numbers = itertools.count()
+    _all: ClassVar[list[Stream]] = []
 
     def __init__(self, device: torch.device, name: str = "copies") -> None:
         self.device = device
         self.name = f"{name} {next(self._numbers)}"
         self.clock: Clock = {self.name: 0}
+        self._all.append(self)
 
     def tick(self) -> int:
         """Do one thing, and return its number."""
@@ -42,7 +44,9 @@ class Stream:
             self.clock[name] = max(self.clock.get(name, 0), number)
 
     def synchronize(self) -> None:
-        """Do nothing: the simulated work is done when it is queued."""
+        """Let the host wait: what it queues anywhere from now on comes after."""
+        for stream in self._all:
+            stream.learn(self.clock)
 
 
 class Simulation:

@@ -29,6 +29,7 @@ from tests.samples import (
     STREAMING,
     Picture,
     Stack,
+    least_limit_gb,
     linears,
     private_bytes,
     run,
@@ -236,15 +237,16 @@ def test_what_does_not_fit_the_budget_is_not_allocated() -> None:
             self.layers = linears(depth=3)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            weights = [layer.weight for layer in self.layers]
-            return nn.functional.linear(x, sum(w + 0 for w in weights))
+            weights = torch.stack([layer.weight for layer in self.layers])
+            return nn.functional.linear(x, weights.sum(0))
 
-    model = Sideways()
-    one = model.layers[0].weight.nbytes
-    with offloaded(model, store="disk", limit_gb=one / GIB):
+    model, dtype = Sideways(), torch.float64
+    fields: dict[str, Any] = {"store": "disk", "compute_dtype": dtype}
+    limit_gb = least_limit_gb(model, **fields)
+    with offloaded(model, **fields, limit_gb=limit_gb):
         with _Blocks() as blocks, pytest.raises(BudgetExceededError, match="limit_gb"):
-            run(model, torch.randn(2, 32))
-        assert blocks.peak <= one
+            run(model, torch.randn(2, 32, dtype=dtype))
+        assert blocks.peak <= limit_gb * GIB
 
 
 # -- 8: only plain floating tensors are cast ----------------------------------------

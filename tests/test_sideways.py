@@ -181,7 +181,8 @@ def test_a_tensor_read_sideways_comes_with_its_user_from_the_second_pass_on() ->
         at_rest = model[0].child.weight.data_ptr()
         for _ in range(3):
             run(model, torch.randn(2, WIDTH))
-        assert at_rest not in bound
+        # (In the first pass it is bound for the length of the call that reads it.)
+        assert bound[0] == at_rest and at_rest not in bound[1:]
         assert offload_plan(model).least_bytes > least * GIB
         before = offload_stats(model)
         run(model, torch.randn(2, WIDTH))

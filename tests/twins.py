@@ -342,10 +342,12 @@ class Twin:
     def _forward(self, action: Forward) -> None:
         if self.spec.writes:
             self._kept.clear()
+        if action.mode == "grad" and self.spec.writes:
+            return  # how far a forward that is refused has come cannot be known
         model, reference = self._called(action.part)
-        if action.mode == "grad" and not self._runs_with_grad(model, action):
-            return
         output = _call(model, action, self._policy)
+        if action.mode == "grad" and _is_refusal(output):
+            return
         if isinstance(output, BudgetExceededError):
             if self._limit_bytes and self.spec.reads_sideways:
                 raise GaveUp from output
@@ -366,16 +368,6 @@ class Twin:
         x, more = unpack(output)
         plain = [t for t in [x, *more] if not isinstance(t, nn.Parameter)]
         self._kept += [(tensor, tensor.detach().clone()) for tensor in plain]
-
-    def _runs_with_grad(self, model: nn.Module, action: Forward) -> bool:
-        """Tells whether a forward that could need gradients is not refused."""
-        if self.spec.writes or not any(p.requires_grad for p in model.parameters()):
-            return not self.spec.writes
-        output = _call(model, action, self._policy)
-        if isinstance(output, RuntimeError) and "gradient through" in str(output):
-            return False
-        self._interrupted = isinstance(output, Stop)
-        return True
 
     def _called(self, part: int) -> tuple[nn.Module, nn.Module]:
         """Returns the modules to call; a part must not rely on its parents."""
@@ -479,7 +471,7 @@ class Twin:
         via = own
         allowed = {own}
         if self._attached and own.is_floating_point:
-            if isinstance(rest, nn.Parameter):
+            if isinstance(rest, nn.Parameter) and rest.numel():
                 allowed = {policy.at_rest(own), policy.waiting(own)}
             else:
                 allowed.add(policy.computing(own))
@@ -534,6 +526,8 @@ def run_case(case: Case, folder: Path) -> None:
         # Nothing of a failed example may reach the next.
         with contextlib.suppress(Exception):
             twin.give_up()
+        while torch.overrides._get_current_function_mode_stack():
+            torch.overrides._pop_mode()
         raise
 
 
@@ -566,6 +560,10 @@ def _call(model: nn.Module, action: Forward, policy: PolicySpec) -> Any:
                 return model(x, ids, control=control)
         except (Exception, Stop) as error:
             return error
+
+
+def _is_refusal(output: Any) -> bool:
+    return isinstance(output, RuntimeError) and "need a gradient" in str(output)
 
 
 def _new_values(tensor: Tensor, seed: int) -> Tensor:

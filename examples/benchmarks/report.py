@@ -117,6 +117,9 @@ def print_stress(row: Row) -> None:
                 f"  {what}, detached: {before / 2**20:.1f} MiB before, "
                 f"{after / 2**20:.1f} after: {(after - before) / 2**20:+.1f} MiB"
             )
+    course = [f"{size / 2**20:.0f}" for size in row["rss_course"] if size]
+    if course:  # memory that is not given back to the system ends growing; a leak not
+        print(f"  rss at every detach: {' '.join(course)}")
     for note in row["notes"][:5]:
         print(f"  {_cut(note, 300)}")
     sys.stdout.flush()

@@ -78,6 +78,7 @@ def stress(
             count["over_limit"] += 1
             worst_over = max(worst_over, over)
 
+    course: list[int | None] = []
     limit = limits[-1]
     attach(limit)
     for size in sizes:
@@ -92,6 +93,7 @@ def stress(
             limit = math.exp(draw.uniform(math.log(limits[0]), math.log(limits[-1])))
             if set_limit is None or draw.random() < ATTACH_ANEW:
                 hookoffload.detach(model)
+                course.append(_memory(device)["rss"])
                 attach(limit)
             else:
                 set_limit(model, limit)
@@ -111,6 +113,7 @@ def stress(
         "seconds": seconds,
         "before": before,
         "after": after,
+        "rss_course": course,
     }
 
 
