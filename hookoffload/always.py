@@ -94,6 +94,9 @@ class AlwaysResident:
         """Bring what forwards wrote into the masters."""
         if self._uncast.stays_bound:
             self._take_back(self._uncast)
+        else:
+            for master in self._uncast.masters:
+                master.reconcile(lenient=True)
         if self._entered:
             self._take_back(self._cast)
 

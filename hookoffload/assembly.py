@@ -22,6 +22,7 @@ class Assembly:
         always_cast: the same for what has another dtype there than at rest.
         chains: layers that are bound at the same time at some moment.
         sites: modules that need hooks; none if nothing moves.
+        atomic: ids of modules that move with their subtree.
         inside_atomic: ids of modules inside atomic ones.
         masters: every master, by the id of its first tensor object.
     """
@@ -31,6 +32,7 @@ class Assembly:
     always_cast: Layer
     chains: list[tuple[int, ...]]
     sites: list[SiteSketch]
+    atomic: frozenset[int]
     inside_atomic: frozenset[int]
     masters: dict[int, Master]
 
@@ -96,6 +98,7 @@ def assemble(
         always_cast=cast,
         chains=found.chains,
         sites=found.sites if moves else [],
+        atomic=frozenset(id(s.module) for s in found.sites if s.atomic),
         inside_atomic=frozenset(
             id(module)
             for sketch in found.sites

@@ -50,6 +50,7 @@ def attach_offload_hooks(
         RuntimeError: The model, or a part of it, is attached already.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         >>> model = attach_offload_hooks(model, OffloadPolicy(store="disk", limit_gb=1))
         >>> with torch.no_grad():
@@ -92,6 +93,7 @@ def detach(model: ModuleT) -> ModuleT:
         RuntimeError: The model is not attached, or is running.
 
     Example:
+        >>> import torch
         >>> model = attach_offload_hooks(torch.nn.Linear(2, 2))
         >>> detach(model)
         Linear(in_features=2, out_features=2, bias=True)
@@ -120,6 +122,7 @@ def offloaded(
         ValueError: Both a policy and fields are given.
 
     Example:
+        >>> import torch
         >>> with offloaded(torch.nn.Linear(2, 2), limit_gb=2) as model:
         ...     with torch.no_grad():
         ...         model(torch.zeros(1, 2)).shape
@@ -191,6 +194,7 @@ def set_limit(model: nn.Module, limit_gb: float | None) -> None:
         RuntimeError: The model is not attached, or is running.
 
     Example:
+        >>> import torch
         >>> model = attach_offload_hooks(torch.nn.Linear(2, 2))
         >>> set_limit(model, 1.5)
         >>> offload_stats(model).limit_bytes / 2**30

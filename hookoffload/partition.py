@@ -217,6 +217,12 @@ def check_tensors(model: nn.Module) -> None:
                 "load_model(model_class, checkpoint, policy=...), which also attaches; "
                 "if it was moved there while attached, detach(model) first"
             )
+        if tensor.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode() and cannot be given "
+                "other memory. Make (or load) the model outside of it; running it "
+                "inside is fine"
+            )
         if not is_movable(tensor):
             raise ValueError(
                 f"{name} is a {type(tensor).__name__} with layout {tensor.layout}; "

@@ -172,7 +172,8 @@ class Probe(TorchFunctionMode):
         if not self._on:
             return
         self._stack.append((name, []))
-        if self._aside or isinstance(module, _STEPS_ASIDE):
+        atomic = id(module) in self._session.atomic
+        if self._aside or atomic or isinstance(module, _STEPS_ASIDE):
             self._aside += 1
             if self._aside == 1:
                 if self._is_innermost():

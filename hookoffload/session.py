@@ -80,7 +80,10 @@ class Session(NotCopied):
         self.root_site: Site | None = None
         self.layers: list[Layer]
         self._moved_masters: list[Master]
+        self._asked_for: set[int]  # layers that sites need
+        self._seen: set[int]  # and those that a forward has asked for
         self.always: AlwaysResident
+        self.atomic: frozenset[int]  # ids of modules that move with their subtree
         self.inside_atomic: frozenset[int]
         self.read_in_place: set[int]  # ids of tables that are never brought in
         self._masters: dict[int, Master] = {}
@@ -90,8 +93,9 @@ class Session(NotCopied):
         self._hooks_hang = False
         self._probe_next = True
         self._autocast_cache = True
-        self._guard: tuple[torch.autograd.graph.saved_tensors_hooks, int] | None
-        self._guard = None
+        self._guard: (
+            tuple[torch.autograd.graph.saved_tensors_hooks, threading.Thread] | None
+        ) = None
         self.calls = CallTracker(frozenset(id(m) for m in model.modules()))
         self.root = RootHooks(self, model)
         self.state_hooks = StateHooks(self)
@@ -125,8 +129,11 @@ class Session(NotCopied):
         self.always = AlwaysResident(
             assembly.always, assembly.always_cast, self.mover.memory
         )
+        self.atomic = assembly.atomic
         self.inside_atomic = assembly.inside_atomic
         self._masters = assembly.masters
+        self._asked_for = moved
+        self._seen = set()
         self.mover.set_layers(assembly.layers, predicted)
         self._moved_masters = assembly.moved_masters
 
@@ -166,6 +173,10 @@ class Session(NotCopied):
     def begin(self) -> None:
         """Take the masters over and hang the hooks, or put everything back."""
         policy = self.policy
+        with torch.inference_mode(False):
+            self._begin(policy)
+
+    def _begin(self, policy: ResolvedPolicy) -> None:
         try:
             self._adopt_buffers(self.always.masters)
             self.store.adopt(self.store.masters, policy.offload)
@@ -180,6 +191,10 @@ class Session(NotCopied):
 
     def end(self) -> None:
         """Take the hooks off and give the model back as it was."""
+        with torch.inference_mode(False):
+            self._end()
+
+    def _end(self) -> None:
         if self.probe is not None:
             self.probe.abandon()
             self.probe = None
@@ -253,13 +268,13 @@ class Session(NotCopied):
                 self._refuse_to_keep, _as_it_is
             )
             guard.__enter__()
-            self._guard = (guard, threading.get_ident())
+            self._guard = (guard, threading.current_thread())
 
     def _end_outermost_call(self) -> None:
         if self._guard is not None:
             guard, thread = self._guard
             self._guard = None
-            if thread == threading.get_ident():  # else it died with its thread
+            if thread is threading.current_thread():  # else it died with its thread
                 guard.__exit__()
         self.always.leave()
 
@@ -328,12 +343,15 @@ class Session(NotCopied):
         """Get ready for one forward of the root; return inputs that were moved."""
         self.store.check_unchanged()
         if self.state_hooks.replaced_parameters() and not in_functional_call():
-            self._take_over_replaced()
-        self.state_hooks.check_bound()
+            with torch.inference_mode(False):
+                self._take_over_replaced()
+        if self.state_hooks.edited_while_bound():
+            self.sync_masters()
         self._begin_outermost_call()
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
         probing = self._probe_next and bool(self.sites)
-        self._apply(self.planner.for_pass(size, probing=probing))
+        first = probing and not self.mover.counters.forwards
+        self._apply(self.planner.for_pass(size, probing=first))
         if not self._hooks_hang and not self.all_stay:
             self.register_hooks()
         if probing:
@@ -363,8 +381,10 @@ class Session(NotCopied):
             half = self.plan.resident_bytes // 2
             self.planner.step_down(self.plan.total_bytes - half)
         # A tensor may be used sideways on a path that this pass did not take: look
-        # again after an exception, which may come from just that.
-        self._probe_next = not complete
+        # again after an exception, which may come from just that, and as long as there
+        # are layers that no forward has asked for.
+        self._seen.update(self.mover.order.recorded)
+        self._probe_next = not complete or not self._asked_for <= self._seen
         self.mover.order.end_pass(complete)
         self.mover.counters.forwards += complete
         self.planner.after_pass(complete=complete)
@@ -456,10 +476,11 @@ class Session(NotCopied):
         """Bring the model to its onload placement, if it is not there."""
         if self.onloaded:
             return
-        if not self._waits_where_it_rests:
-            self.store.onload(self.policy.onload)
-            self._page_lock.lock(self.store.masters)
-        self.always.onload()
+        with torch.inference_mode(False):
+            if not self._waits_where_it_rests:
+                self.store.onload(self.policy.onload)
+                self._page_lock.lock(self.store.masters)
+            self.always.onload()
         self.onloaded = True
 
     @property
@@ -471,11 +492,12 @@ class Session(NotCopied):
 
     def offload(self) -> None:
         """Bring the model to its offload placement; no memory of the device is kept."""
-        self.mover.drop_all()
-        self.always.release()
-        if self.onloaded and not self._waits_where_it_rests:
-            self._page_lock.unlock(self.store.masters)
-            self.store.offload(self.policy.offload)
+        with torch.inference_mode(False):
+            self.mover.drop_all()
+            self.always.release()
+            if self.onloaded and not self._waits_where_it_rests:
+                self._page_lock.unlock(self.store.masters)
+                self.store.offload(self.policy.offload)
         self.onloaded = False
         self.register_hooks()
 
@@ -484,17 +506,19 @@ class Session(NotCopied):
         if self.calls.depth and not self.calls.runs_here():
             self.require_idle("state_dict")  # Ctrl-C ended the last forward
             self.leave_call()
-        self.always.sync()
-        for layer in self.layers:
-            self.mover.sync(layer)
+        with torch.inference_mode(False):
+            self.always.sync()
+            for layer in self.layers:
+                self.mover.sync(layer)
         if not self._hooks_hang and not self.all_stay:
             self.register_hooks()
 
     def rest_for_loading(self) -> None:
         """Put everything to rest, so that loading writes to masters only."""
         self.sync_masters()
-        self.mover.drop_all()
-        self.always.release()
+        with torch.inference_mode(False):
+            self.mover.drop_all()
+            self.always.release()
         self.onloaded = False
 
     # -- what hooks need ------------------------------------------------------------

@@ -92,12 +92,19 @@ class StateHooks(NotCopied):
                     return True
         return False
 
-    def check_bound(self) -> None:
-        """Raise if a tensor that is bound between passes was moved or cast."""
+    def edited_while_bound(self) -> bool:
+        """Tell whether a tensor that is bound between passes was given other data.
+
+        Raises:
+            RuntimeError: It was moved or cast.
+        """
+        edited = False
         for master, member in self._managed.values():
-            tensor = member.tensor
-            if tensor.data_ptr() not in (member.bound_pointer, member.rest_pointer):
+            pointer = member.tensor.data_ptr()
+            if pointer != member.rest_pointer and pointer != member.bound_pointer:
                 master.check_same(member)
+                edited = True
+        return edited
 
     def _before_state_dict(self, module: nn.Module, *_: Any) -> None:
         """Let the probe look away: saving reads every tensor and uses none."""

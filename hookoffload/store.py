@@ -13,8 +13,9 @@ the optimizer and tied modules go on holding. Three values take turns there:
 * for a resident whose dtype needs no cast, the resident block, also between passes.
 
 ``.data`` keeps the version counter of the object, so one counter tells of writes to
-any of the three. Writes through ``tensor.data.mul_()`` escape it (PyTorch gives
-``.data`` a counter of its own): they are safe at rest, and lost inside a forward.
+any of the three. Writes through ``tensor.data.mul_()`` escape it: PyTorch gives
+``.data`` a counter of its own. They are safe behind ``offload(model)``, when
+everything rests and nothing has been copied ahead; otherwise they may be lost.
 """
 
 from __future__ import annotations
@@ -193,12 +194,8 @@ class Master:
     def check_same(self, member: Member) -> None:
         """Raise if a member that is bound between passes was moved or cast."""
         tensor = member.tensor
-        if tensor.shape != member.shape or tensor.dtype not in (
-            self.codec.rest,
-            self.codec.resident,
-            self.codec.compute,
-            member.dtype,
-        ):
+        dtype = member.dtype if self.mixed else self.codec.rest
+        if tensor.shape != member.shape or tensor.dtype != dtype or tensor.is_meta:
             self._refuse_move(member)
 
     @staticmethod

@@ -51,6 +51,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    # The models of the tests are tiny: with several threads they wait for each other.
+    torch.set_num_threads(1)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from hookoffload import offload_plan, offload_stats, offloaded
+from hookoffload import (
+    OffloadPolicy,
+    attach_offload_hooks,
+    offload_plan,
+    offload_stats,
+    offloaded,
+)
 from tests.real_models import REAL_MODELS, first_output
 from tests.samples import (
     STREAMING,
@@ -244,12 +250,13 @@ def test_modes_may_change_from_call_to_call() -> None:
     assert not any(tensor.is_inference() for tensor in model.parameters())
 
 
-def test_a_model_that_was_made_in_inference_mode_runs() -> None:
+def test_a_model_that_was_made_in_inference_mode_is_refused() -> None:
     with torch.inference_mode():
-        model, x = Stack(), torch.randn(2, 32)
-        want = copy.deepcopy(model)(x)
-        with offloaded(model, store="disk", limit_gb=0):
-            assert all(same_bits(model(x), want) for _ in range(3))
+        model = Stack()
+    before = Picture(model)
+    with pytest.raises(ValueError, match=r"scale.*inference_mode.*outside"):
+        attach_offload_hooks(model, OffloadPolicy(store="disk"))
+    assert before.differences(model) == []
 
 
 @pytest.mark.skipif(

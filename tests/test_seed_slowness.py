@@ -20,6 +20,7 @@ from hookoffload import (
     offload_plan,
     offload_stats,
     offloaded,
+    set_limit,
 )
 from tests.samples import (
     GIB,
@@ -117,6 +118,22 @@ def test_residents_give_their_memory_back_when_the_model_is_offloaded() -> None:
     detach(model)
     attach_offload_hooks(model, other)
     assert not offload_plan(model).resident
+
+
+def test_a_lower_limit_makes_residents_stream_again() -> None:
+    model, x = linears(depth=12), torch.randn(2, 32)
+    one = model[0].weight.nbytes
+    want = run(copy.deepcopy(model), x)
+    with offloaded(model, store="disk", limit_gb=8 * one / GIB):
+        residents = []
+        for layers in (8, 4, 2, 8):
+            set_limit(model, layers * one / GIB)
+            for _ in range(2):
+                assert same_bits(run(model, x), want)
+            residents.append(len(offload_plan(model).resident))
+            in_files = sum(lies_in_a_file(p) for p in model.parameters())
+            assert in_files == 12 - residents[-1]
+    assert residents[0] > residents[1] > residents[2] and residents[3] == residents[0]
 
 
 @pytest.mark.gpu

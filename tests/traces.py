@@ -96,11 +96,14 @@ class Traces:
                 assert other.data_ptr() - one.data_ptr() == distance, "untied"
         left = [entry for entry in _hooks(self._model) if entry not in self._hooks]
         assert not left, f"hooks: {left}"
-        assert _hooks(self._model) == self._hooks
-        assert _keys(self._model) == self._keys
-        assert set(threading.enumerate()) <= self._threads
-        assert not torch.overrides._get_current_function_mode_stack()
-        assert not list(self._folder.iterdir())
+        assert _hooks(self._model) == self._hooks, "hooks in another order"
+        assert _keys(self._model) == self._keys, "attributes"
+        threads = set(threading.enumerate()) - self._threads
+        assert not threads, f"threads: {threads}"
+        modes = torch.overrides._get_current_function_mode_stack()
+        assert not modes, f"function modes: {modes}"
+        files = list(self._folder.iterdir())
+        assert not files, f"files: {files}"
 
 
 def _objects(model: nn.Module) -> list[tuple[str, Tensor]]:
