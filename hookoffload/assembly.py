@@ -97,7 +97,7 @@ def assemble(
         always=always,
         always_cast=cast,
         chains=found.chains,
-        sites=found.sites if moves else [],
+        sites=found.sites if moves or policy.offload != policy.onload else [],
         atomic=frozenset(id(s.module) for s in found.sites if s.atomic),
         inside_atomic=frozenset(
             id(module)

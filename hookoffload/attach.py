@@ -71,7 +71,6 @@ def _attach(
     session = Session(model, resolved, locations, poison=policy.debug)
     _warn_of_unmatched(session)
     session.begin()
-    logger.info("attached %s: %r", type(model).__name__, session.plan)
     return model
 
 

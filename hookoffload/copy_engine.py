@@ -137,6 +137,9 @@ class _Worker:
             del job
 
     def put(self, copy: Copy) -> None:
+        if self._thread is not None and not self._thread.is_alive():
+            self._jobs = queue.SimpleQueue()  # this process was forked
+            self._thread = None
         self._jobs.put(copy)
         if self._thread is None:
             self._thread = threading.Thread(
@@ -146,6 +149,12 @@ class _Worker:
                 daemon=True,
             )
             self._thread.start()
+
+    def wait(self, copy: Copy) -> None:
+        """Return when a copy has been performed, if need be again after a fork."""
+        while not copy.queued.wait(timeout=1.0):
+            if self._thread is None or not self._thread.is_alive():
+                self.put(copy)
 
     def drain(self) -> None:
         if self._thread is not None and self._thread.is_alive():
@@ -174,7 +183,7 @@ class HostCopyEngine:
         """Return when the bytes are there."""
         if not copy.queued.is_set():
             began = time.perf_counter()
-            copy.queued.wait()
+            self._worker.wait(copy)
             self._stalled += time.perf_counter() - began
         if copy.error is not None:
             raise copy.error
@@ -234,7 +243,7 @@ class StreamCopyEngine:
         """Make the current stream wait for the copy."""
         if not copy.queued.is_set():
             began = time.perf_counter()
-            copy.queued.wait()
+            self._worker.wait(copy)
             self._stalled += time.perf_counter() - began
         if copy.error is not None:
             raise copy.error

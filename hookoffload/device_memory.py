@@ -39,7 +39,8 @@ class Block:
         """Return the block as a flat tensor of ``dtype``."""
         view = self._typed.get(dtype)
         if view is None:
-            view = self._typed[dtype] = self.bytes.view(dtype)
+            with torch.inference_mode(False):  # it is kept beyond the user's context
+                view = self._typed[dtype] = self.bytes.view(dtype)
         return view
 
 

@@ -108,6 +108,8 @@ class Site(NotCopied):
         self.active += 1
         entered: list[Layer] = []
         try:
+            if session.calls.depth == 1:
+                session.begin_outermost_call()
             for layer in self.layers:
                 session.bind(layer)
                 entered.append(layer)

@@ -247,9 +247,10 @@ class LayerMover:
             ],
             tokens,
         )
+        # Started first: nothing waits for a copy that an interrupt kept from starting.
+        self.engine.start(copy)
         layer.copy = copy
         layer.copied_revision = revision
-        self.engine.start(copy)
         return True
 
     def _room(self, layer: Layer, *, now: bool) -> tuple[object, ...] | None:
@@ -260,7 +261,7 @@ class LayerMover:
         found = _take(home, size) if fits else None
         if found is None and not now:
             return None
-        if found is None and fits:
+        if found is None and fits and not self._has_spare(size):
             self.cancel_prefetches()
             found = _take(home, size)
         if found is None:
@@ -275,6 +276,18 @@ class LayerMover:
         layer.home = home
         layer.region = found[0]
         return found[1]
+
+    def _has_spare(self, nbytes: int) -> bool:
+        """Tell whether the limit has room beside the plan.
+
+        The first pass follows a guess. What it asks for out of turn is better brought
+        into memory of its own than in place of copies that will be needed as well.
+        """
+        limit, plan = self.memory.budget.limit_bytes, self.plan
+        if limit is None or plan is None:
+            return plan is not None and self.device.type != "cpu"
+        beside = self.memory.budget.used + plan.activation_bytes
+        return beside + align(nbytes) <= limit
 
     def _region_block(self, layer: Layer) -> Block | None:
         if isinstance(layer.home, Block):

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from .budget import BudgetExceededError
 from .calls import count_calls
 from .layer import Layer
+from .refusals import NotCopied
 
 if TYPE_CHECKING:
     from .hooks import Site
@@ -49,13 +50,14 @@ _STEPS_ASIDE = (
 )
 
 
-class _User:
+class _User(NotCopied):
     """Hooks that tell the probe which module runs, for modules without layers."""
 
-    __slots__ = ("handles", "module", "name", "probe")
+    __slots__ = ("handles", "module", "name", "probe", "session")
 
     def __init__(self, probe: Probe, name: str, module: nn.Module) -> None:
         self.probe = probe
+        self.session = probe.session
         self.name = name
         self.module = module
         self.handles: list[RemovableHandle] = []
@@ -78,7 +80,7 @@ class Probe(TorchFunctionMode):
 
     def __init__(self, session: Session) -> None:
         super().__init__()
-        self._session = session
+        self.session = session
         self._layers: dict[int, tuple[Layer, str]] = {
             id(member.tensor): (layer, member.name)
             for layer in session.layers
@@ -90,16 +92,17 @@ class Probe(TorchFunctionMode):
         # Modules that run: name, and the layers bound on the spot for them.
         self._stack: list[tuple[str, list[Layer]]] = []
         self._aside = 0
-        self._on = False
+        self._on = False  # looking
+        self._pushed = False  # on PyTorch's stack of modes
         self._away = 0
         self.joined: list[tuple[str, str]] = []
 
     def begin(self) -> None:
         """Hang the probe's hooks on the model and start to look."""
-        sites = {id(site.module): site for site in self._session.sites}
-        for name, module in self._session.model.named_modules():
+        sites = {id(site.module): site for site in self.session.sites}
+        for name, module in self.session.model.named_modules():
             site = sites.get(id(module))
-            if module is self._session.model:
+            if module is self.session.model:
                 continue  # it is at the bottom of the stack
             if site is not None or self._inside_atomic(module):
                 continue
@@ -113,7 +116,7 @@ class Probe(TorchFunctionMode):
             )
         self._stack = [("", [])]
         self._aside = 0
-        TorchFunctionMode.__enter__(self)
+        self._push()
         self._on = True
 
     def end(self) -> list[tuple[str, str]]:
@@ -129,9 +132,8 @@ class Probe(TorchFunctionMode):
         self._users = []
         while self._stack:
             for layer in reversed(self._stack.pop()[1]):
-                self._session.release(layer)
-        if self._on and not self._aside and self._is_innermost():
-            TorchFunctionMode.__exit__(self, None, None, None)
+                self.session.release(layer)
+        self._pull()
         self._on = False
         return self.joined
 
@@ -157,7 +159,7 @@ class Probe(TorchFunctionMode):
         """Return an output of a module without layers, clear of the window."""
         if not self._on or not self._stack[-1][1]:
             return None
-        return self._session.outside_window(output)
+        return self.session.outside_window(output)
 
     def enter(self, site: Site) -> None:
         """Note that a site's module runs."""
@@ -172,25 +174,22 @@ class Probe(TorchFunctionMode):
         if not self._on:
             return
         self._stack.append((name, []))
-        atomic = id(module) in self._session.atomic
+        atomic = id(module) in self.session.atomic
         if self._aside or atomic or isinstance(module, _STEPS_ASIDE):
             self._aside += 1
-            if self._aside == 1:
-                if self._is_innermost():
-                    TorchFunctionMode.__exit__(self, None, None, None)
-                else:
-                    self._aside = 0
+            if self._aside == 1 and not self._pull():
+                self._aside = 0
 
     def note_end(self, name: str) -> None:
         """Note that a module has ended; release what was bound for it."""
         if not self._on or len(self._stack) < 2 or self._stack[-1][0] != name:
             return  # its pre hook did not run
         for layer in reversed(self._stack.pop()[1]):
-            self._session.release(layer)
+            self.session.release(layer)
         if self._aside:
             self._aside -= 1
             if not self._aside:
-                TorchFunctionMode.__enter__(self)
+                self._push()
 
     def __torch_function__(
         self,
@@ -212,7 +211,7 @@ class Probe(TorchFunctionMode):
         except BaseException:
             self._release(bound)
             raise
-        if bound and self._session.in_window(result):
+        if bound and self.session.in_window(result):
             # A view of the weight: it may be used until the module has ended.
             self._stack[-1][1].extend(bound)
         else:
@@ -221,7 +220,7 @@ class Probe(TorchFunctionMode):
 
     def _release(self, layers: list[Layer]) -> None:
         for layer in reversed(layers):
-            self._session.release(layer)
+            self.session.release(layer)
 
     def _look(self, func: Callable[..., Any], values: Any, bound: list[Layer]) -> None:
         for value in values:
@@ -238,12 +237,12 @@ class Probe(TorchFunctionMode):
     ) -> None:
         if not self._needs_bytes(func, layer) or layer.stays_bound:
             return
-        if not count_calls(self._session.model):
+        if not count_calls(self.session.model):
             self._on = False  # left over from a pass that Ctrl-C ended
             return
         self.joined.append((self._stack[-1][0], name))
         try:
-            self._session.bind(layer)
+            self.session.bind(layer)
         except BudgetExceededError:
             if not layer.readable_at_rest:
                 raise
@@ -261,8 +260,20 @@ class Probe(TorchFunctionMode):
             return attribute in _VIEWS
         return name not in _METADATA and name != "__set__"
 
+    def _push(self) -> None:
+        TorchFunctionMode.__enter__(self)
+        self._pushed = True
+
+    def _pull(self) -> bool:
+        """Leave PyTorch's stack of modes, if no other mode is further in."""
+        if not self._pushed or not self._is_innermost():
+            return False
+        TorchFunctionMode.__exit__(self, None, None, None)
+        self._pushed = False
+        return True
+
     def _is_innermost(self) -> bool:
         return torch.overrides._get_current_function_mode() is self
 
     def _inside_atomic(self, module: nn.Module) -> bool:
-        return id(module) in self._session.inside_atomic
+        return id(module) in self.session.inside_atomic

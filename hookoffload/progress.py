@@ -7,6 +7,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar that starts no monitor thread: it would outlive the work."""
+
+    monitor_interval = 0
+
+
 def progress_bar(what: str, total_bytes: int) -> tqdm[Any]:
     """Return a bar over bytes that appears when the work takes longer than a second.
 
@@ -14,7 +20,7 @@ def progress_bar(what: str, total_bytes: int) -> tqdm[Any]:
         what: the work, as a person would call it.
         total_bytes: how many bytes there are to do.
     """
-    return tqdm(
+    return _Bar(
         desc=f"hookoffload: {what}",
         total=total_bytes,
         unit="B",

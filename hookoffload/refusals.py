@@ -1,4 +1,4 @@
-"""What an attached model refuses: to be copied and to be pickled."""
+"""What hangs on a user's modules: it refuses to be copied, and can be found again."""
 
 from __future__ import annotations
 
@@ -35,3 +35,24 @@ def refuse_copy(session: Session) -> NoReturn:
         "copied or pickled; call detach(model) first and attach again after, or save "
         "model.state_dict()"
     )
+
+
+def purge_hooks(session: Session) -> None:
+    """Take every hook of a session off its model, also those without a handle."""
+    for module in session.model.modules():
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._state_dict_pre_hooks,
+            module._state_dict_hooks,
+            module._load_state_dict_pre_hooks,
+        ):
+            for key, hook in list(hooks.items()):
+                # Bound methods, partials of them, and PyTorch's own wrapper of them.
+                inner = getattr(hook, "func", None) or getattr(hook, "hook", None)
+                owner = getattr(inner or hook, "__self__", None)
+                if isinstance(owner, NotCopied) and owner.session is session:
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)

@@ -28,7 +28,7 @@ from .placement import Placement
 from .plan import Plan
 from .policy import ResolvedPolicy
 from .probe import Probe
-from .refusals import NotCopied
+from .refusals import NotCopied, purge_hooks
 from .report import OffloadStats
 from .safetensors_file import TensorLocation
 from .state_hooks import StateHooks
@@ -151,8 +151,9 @@ class Session(NotCopied):
                     return None
                 if masters[0].nbytes >= _GATHER_BYTES:
                     return GatherSite(self, sketch.name, sketch.module, layers[0])
-        # The probe steps aside in those that have their hooks outside.
-        if not layers and not sketch.outside:
+        # The probe steps aside in those that have their hooks outside; and a part that
+        # is called while the model is offloaded has to onload it.
+        if not layers and not sketch.outside and self._waits_where_it_rests:
             return None
         return Site(
             self,
@@ -185,6 +186,7 @@ class Session(NotCopied):
             self.root.register()
             self.register_hooks()
             self.state_hooks.register()
+            logger.info("attached %s: %r", type(self.model).__name__, self.plan)
         except BaseException:
             self.end()
             raise
@@ -201,6 +203,7 @@ class Session(NotCopied):
         self.remove_hooks()
         self.root.remove()
         self.state_hooks.remove()
+        purge_hooks(self)  # an interrupt may have come between a hook and its handle
         try:
             self.mover.drop_all()
             self.always.release()
@@ -257,7 +260,7 @@ class Session(NotCopied):
             self._end_outermost_call()
         self.calls.leave()
 
-    def _begin_outermost_call(self) -> None:
+    def begin_outermost_call(self) -> None:
         """Get ready for calls, of the root or of a part."""
         if not self.onloaded:
             self.onload()
@@ -347,7 +350,7 @@ class Session(NotCopied):
                 self._take_over_replaced()
         if self.state_hooks.edited_while_bound():
             self.sync_masters()
-        self._begin_outermost_call()
+        self.begin_outermost_call()
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
         probing = self._probe_next and bool(self.sites)
         first = probing and not self.mover.counters.forwards
@@ -526,7 +529,7 @@ class Session(NotCopied):
     def bind(self, layer: Layer) -> None:
         """Bind a layer for a forward that begins."""
         with self._unwatched():
-            self._begin_outermost_call()  # a part is called without the root
+            self.begin_outermost_call()  # a part is called without the root
             if self.mover.plan is None:
                 self._apply(self.plan)
             self.mover.bind(layer)
@@ -542,7 +545,7 @@ class Session(NotCopied):
 
     def bind_stand_in(self, layer: Layer) -> None:
         """Point an embedding's weight at one row of zeros on the compute device."""
-        self._begin_outermost_call()
+        self.begin_outermost_call()
         layer.revision()
         member = layer.masters[0].members[0]
         dtype = layer.masters[0].codec.compute

@@ -21,6 +21,7 @@ everything rests and nothing has been copied ahead; otherwise they may be lost.
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 import tempfile
 import weakref
@@ -181,12 +182,9 @@ class Master:
         moved = tensor.data_ptr() != member.bound_pointer
         if not moved and version_of(tensor) == member.version:
             return False
-        if tensor.shape != member.shape:
-            raise RuntimeError(
-                f"{member.name} was given data of shape {tuple(tensor.shape)} while "
-                f"offload hooks are attached; it has {tuple(member.shape)}. Call "
-                "detach(model) first, and attach again after"
-            )
+        dtype = member.dtype if self.mixed else self.codec.compute
+        if tensor.shape != member.shape or tensor.dtype != dtype or tensor.is_meta:
+            return False  # moved or cast behind the back: the next forward says so
         member.rest.copy_(tensor.data)
         self.note_change()
         return True
@@ -194,8 +192,8 @@ class Master:
     def check_same(self, member: Member) -> None:
         """Raise if a member that is bound between passes was moved or cast."""
         tensor = member.tensor
-        dtype = member.dtype if self.mixed else self.codec.rest
-        if tensor.shape != member.shape or tensor.dtype != dtype or tensor.is_meta:
+        same = (tensor.shape, tensor.dtype) == (member.shape, member.rest.dtype)
+        if not same or tensor.is_meta:
             self._refuse_move(member)
 
     @staticmethod
@@ -349,7 +347,9 @@ class Store:
         where = self._disk_dir or Path(tempfile.gettempdir())
         try:
             where.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="hookoffload-", dir=where))
+            # Named first: an interrupt behind mkdir finds what it has to remove.
+            self._folder = where / f"hookoffload-{secrets.token_hex(8)}"
+            self._folder.mkdir(mode=0o700)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write to disk_dir={str(where)!r}: {error.strerror}. Pass "
@@ -363,6 +363,8 @@ class Store:
         """Bring masters to the onload placement, from files if they rest there."""
         if placement.on_disk:
             return
+        for master in self.masters:
+            master.reconcile()
         waiting = [m for m in self.masters if m.location is not None]
         total = sum(m.location.nbytes for m in waiting if m.location is not None)
         with progress_bar("reading weights", total) as bar:

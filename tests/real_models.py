@@ -131,12 +131,5 @@ REAL_MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
 }
 
 
-def first_output(output: Any) -> torch.Tensor:
-    """Return the tensor that a model is run for."""
-    value = output if isinstance(output, torch.Tensor) else output[0]
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
 def _tokens(vocabulary: int) -> torch.Tensor:
     return torch.randint(0, vocabulary, (2, 7))

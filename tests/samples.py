@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hookoffload import OffloadPolicy, offload_plan, offloaded
+from hookoffload import OffloadPolicy, offload, offload_plan, offloaded
 
 GIB = 2**30
 
@@ -151,6 +152,35 @@ def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def assert_runs_alike(
+    model: nn.Module, x: torch.Tensor, fields: dict[str, Any]
+) -> None:
+    """Compare an attached model with the plain one, bit for bit.
+
+    Args:
+        model: returns a tensor, or a sequence that begins with one.
+        x: its input; cast to the computation dtype if it is floating.
+        fields: of the policy.
+    """
+    dtype = fields.get("compute_dtype", torch.float32)
+    x = x.to(dtype) if x.is_floating_point() else x
+    before = Picture(model)
+    want = first_output(run(copy.deepcopy(model).to(dtype), x))
+    with offloaded(model, **fields):
+        for _ in range(3):
+            assert same_bits(first_output(run(model, x)), want)
+        offload(model)
+        assert same_bits(first_output(run(model, x)), want)
+    assert before.differences(model) == []
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """Return the tensor that a model is run for."""
+    value = output if isinstance(output, torch.Tensor) else output[0]
+    assert isinstance(value, torch.Tensor)
+    return value
 
 
 def seen_inside(

@@ -99,8 +99,12 @@ def assert_untouched(
         assert same_bits(tensor, then.value), f"{name} has another value"
         if same_memory:
             assert _pointer(tensor) == then.pointer, f"{name} lies elsewhere"
-    assert _modules(model) == before.modules
-    assert _surroundings() == before.surroundings
+    modules = _modules(model)
+    assert list(modules) == list(before.modules), "there are other modules"
+    changed = [name for name in modules if modules[name] != before.modules[name]]
+    assert not changed, f"hooks, attributes or modes changed in {changed}"
+    surroundings = _surroundings()
+    assert surroundings == before.surroundings, f"global state is {surroundings}"
     assert_same_surroundings(before)
 
 
@@ -108,7 +112,7 @@ def assert_same_surroundings(before: Snapshot) -> None:
     """Fail unless threads and files are as they were, whatever the model is."""
     left = _threads_left(before.threads)
     assert not left, f"threads were left behind: {left}"
-    assert _files(before.folder) == before.files
+    assert _files(before.folder) == before.files, "files"
     assert _held_files(before.folder) == before.held, "files were left open or mapped"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,15 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import hookoffload.copy_engine as copy_engine
-import hookoffload.mover as mover
-from hookoffload import offload, offload_plan, offload_stats, offloaded
 from hookoffload.copy_engine import Copy, HostCopyEngine, StreamCopyEngine
-from tests.real_models import REAL_MODELS, first_output
-from tests.samples import GIB, Stack, linears, run, same_bits
-from tests.simulated_device import CPU, RaceDetector, Simulation, Stream
+from tests.simulated_device import CPU, Simulation, Stream
 
 
 class _Target:
@@ -248,171 +242,3 @@ def test_a_copy_that_fails_raises_where_it_is_waited_for(
         engine.wait(failing)
     engine.wait(following)
     engine.close()
-
-
-# -- whole passes -------------------------------------------------------------------
-
-
-class _Watched:
-    """A copy engine on the simulated device, whose writes are noted.
-
-    Args:
-        device: where it copies to.
-    """
-
-    def __init__(self, device: Simulation) -> None:
-        self.device = device
-        self.detector = RaceDetector()
-
-    def make(self, _: torch.device) -> Any:
-        engine: Any = StreamCopyEngine(CPU)
-        detector = self.detector
-
-        class Noting(StreamCopyEngine):
-            def start(self, begun: Copy) -> None:
-                super().start(begun)
-                assert begun.queued.wait(timeout=30)
-                ready: Any = begun.ready
-                for _, destination in begun.pieces:
-                    detector.write(destination, self._stream, ready.clock, begun.name)  # type: ignore[arg-type]
-
-            def poison(self, destination: torch.Tensor, token: object | None) -> None:
-                super().poison(destination, token)
-                stream: Any = self._stream
-                stream.tick()
-                detector.write(destination, stream, dict(stream.clock), "poison")
-
-        engine.close()
-        return Noting(CPU)
-
-    def watch(self, model: nn.Module) -> None:
-        """Note what the forwards of an attached model read."""
-        for name, module in model.named_modules():
-            module.register_forward_pre_hook(
-                lambda called, _, name=name: self._note(called, name)
-            )
-            module.register_forward_hook(
-                lambda called, a, o, name=name: self._note(called, name), prepend=True
-            )
-
-    def _note(self, module: nn.Module, name: str) -> None:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                self.detector.read(parameter, self.device.current_stream(), name)
-
-
-@pytest.fixture
-def watched(device: Simulation, monkeypatch: pytest.MonkeyPatch) -> _Watched:
-    engine = _Watched(device)
-    monkeypatch.setattr(mover, "make_copy_engine", engine.make)
-    return engine
-
-
-class _Shares(nn.Module):
-    """Runs layers more than once, inside and beside others that hold tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.own = nn.Parameter(torch.randn(32))
-        self.layers = linears(depth=5)
-        self.stack = Stack(32, 2)
-        self.order = [0, 1, 2, 3, 4, 1, 0]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for index in self.order:
-            x = self.layers[index](x) * self.own
-        x = nn.functional.linear(x, self.layers[2].weight)
-        return self.stack(x)
-
-
-@pytest.mark.parametrize("debug", [False, True])
-@pytest.mark.parametrize("windows", [0, 1.0, 1.5, 2.5, 4.0])
-def test_no_region_is_written_while_its_last_user_may_run(
-    windows: float, debug: bool, watched: _Watched
-) -> None:
-    model, x = _Shares(), torch.randn(2, 32)
-    plain = copy.deepcopy(model)
-    with offloaded(model, store="disk", limit_gb=0) as attached:
-        run(attached, x)
-        least = offload_plan(attached).least_bytes
-    with offloaded(model, store="disk", limit_gb=windows * least / GIB, debug=debug):
-        watched.watch(model)
-        for order in ([0, 1, 2, 3, 4, 1, 0], [4, 3, 2], [1, 1, 0, 4], [0, 1, 2, 3, 4]):
-            model.order = plain.order = order
-            for _ in range(2):
-                assert same_bits(run(model, x), run(plain, x))
-            offload(model)
-    assert watched.detector.counted > 100
-    assert watched.detector.races == []
-
-
-def test_passes_on_several_streams_that_wait_for_each_other_are_in_order(
-    watched: _Watched, device: Simulation
-) -> None:
-    model, x = linears(depth=6), torch.randn(2, 32)
-    want = run(copy.deepcopy(model), x)
-    window = 3 * model[0].weight.nbytes
-    with offloaded(model, store="disk", limit_gb=window / GIB):
-        watched.watch(model)
-        before = device.compute
-        for number in range(4):
-            stream = Stream(CPU, f"pass {number}")
-            stream.learn(before.clock)
-            device.set_stream(stream)
-            assert same_bits(run(model, x), want)
-            before = stream
-    assert watched.detector.counted > 20
-    assert watched.detector.races == []
-
-
-@pytest.mark.parametrize("name", REAL_MODELS)
-def test_real_models_pass_without_a_race(name: str, watched: _Watched) -> None:
-    model, inputs = REAL_MODELS[name]()
-    want = first_output(run(copy.deepcopy(model), **inputs))
-    with offloaded(model, store="disk", limit_gb=0):
-        watched.watch(model)
-        for _ in range(3):
-            assert same_bits(first_output(run(model, **inputs)), want)
-        assert offload_stats(model).bytes_moved > 0
-    assert watched.detector.counted > 100
-    assert watched.detector.races == []
-
-
-# -- late readers -------------------------------------------------------------------
-
-
-class _KeepsItsWeight(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(64, 64))
-        self.kept: list[torch.Tensor] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.kept = [self.weight.data]
-        return x @ self.weight
-
-
-class _ReadsLate(nn.Module):
-    def __init__(self, keeper: _KeepsItsWeight) -> None:
-        super().__init__()
-        self.keeper = [keeper]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.keeper[0].kept[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("store", ["cpu", "disk"])
-def test_a_module_that_keeps_a_streamed_weight_computes_nan_under_debug(
-    store: Any, dtype: torch.dtype
-) -> None:
-    if store == "cpu" and dtype == torch.float32:
-        pytest.skip("used in place: there is nothing to poison")
-    keeper = _KeepsItsWeight()
-    model = nn.Sequential(keeper, _ReadsLate(keeper), nn.Linear(64, 2, bias=False))
-    x = torch.randn(2, 64, dtype=dtype)
-    fields: dict[str, Any] = {"store": store, "compute_dtype": dtype, "limit_gb": 0}
-    for debug in (False, True):
-        with offloaded(model, **fields, debug=debug):
-            for _ in range(2):
-                assert bool(run(model, x).isnan().all()) == debug

@@ -23,6 +23,7 @@ from tests.samples import (
     STREAMING,
     Picture,
     Stack,
+    assert_runs_alike,
     hooks_of,
     linears,
     run,
@@ -31,19 +32,6 @@ from tests.samples import (
 )
 
 ALL = pytest.mark.parametrize("fields", STREAMING.values(), ids=STREAMING)
-
-
-def _assert_runs_alike(
-    model: nn.Module, x: torch.Tensor, fields: dict[str, Any], passes: int = 3
-) -> None:
-    """Compare attached forwards with the plain one; the model must be whole again."""
-    x = x.to(fields.get("compute_dtype", x.dtype))
-    before = Picture(model)
-    want = run(copy.deepcopy(model).to(x.dtype), x)
-    with offloaded(model, **fields):
-        for _ in range(passes):
-            assert same_bits(run(model, x), want)
-    assert before.differences(model) == []
 
 
 # -- nesting ------------------------------------------------------------------------
@@ -65,7 +53,7 @@ class _Nest(nn.Module):
 def test_a_parameter_is_there_before_and_after_its_children_run(
     fields: dict[str, Any],
 ) -> None:
-    _assert_runs_alike(_Nest(4), torch.randn(2, 16), fields)
+    assert_runs_alike(_Nest(4), torch.randn(2, 16), fields)
 
 
 def test_all_parameters_of_a_nest_are_bound_at_once_and_counted_in_the_limit() -> None:
@@ -99,7 +87,7 @@ class _Recursive(nn.Module):
 @pytest.mark.parametrize("as_root", [True, False])
 def test_a_module_may_call_itself(as_root: bool, fields: dict[str, Any]) -> None:
     model = _Recursive() if as_root else nn.Sequential(_Recursive(), _Recursive())
-    _assert_runs_alike(model, torch.randn(2, 16), fields)
+    assert_runs_alike(model, torch.randn(2, 16), fields)
 
 
 @ALL
@@ -166,7 +154,7 @@ class _Shares(nn.Module):
 
 @ALL
 def test_a_shared_module_may_run_at_several_places(fields: dict[str, Any]) -> None:
-    _assert_runs_alike(_Shares(), torch.randn(2, 16), fields)
+    assert_runs_alike(_Shares(), torch.randn(2, 16), fields)
 
 
 class _Changing(nn.Module):
@@ -263,7 +251,7 @@ def test_hooks_of_the_user_may_change_inputs_and_outputs() -> None:
     for module in (model, model.blocks[0], model.blocks[0].up):
         module.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
         module.register_forward_hook(lambda m, args, output: output + 1)
-    _assert_runs_alike(model, x, {"store": "disk", "limit_gb": 0})
+    assert_runs_alike(model, x, {"store": "disk", "limit_gb": 0})
 
 
 def test_a_hook_that_always_runs_sees_the_exception_of_its_module() -> None:

@@ -22,12 +22,13 @@ from hookoffload import (
     offloaded,
     onload,
 )
-from tests.real_models import REAL_MODELS, first_output
+from tests.real_models import REAL_MODELS
 from tests.samples import (
     GIB,
     STREAMING,
     Picture,
     Stack,
+    first_output,
     lies_in_a_file,
     linears,
     private_bytes,
@@ -264,14 +265,14 @@ def test_host_memory_does_not_double_while_weights_go_to_disk(
 
 @pytest.mark.gpu
 @ON_LINUX
-def test_page_locked_memory_is_not_rounded_up() -> None:
+def test_page_locking_neither_rounds_up_nor_copies() -> None:
     # Each weight takes 9 MiB; a page-locked allocation of its own would take 16.
-    model = linears(width=1536, depth=32)
-    torch.cuda.init()
+    model, x = linears(width=1536, depth=32), torch.randn(2, 1536)
+    run(copy.deepcopy(model[0]).cuda(), x.cuda())  # what CUDA itself takes
     with _Sampler() as memory:
         attach_offload_hooks(model, OffloadPolicy(compute_device="cuda", limit_gb=0))
-        run(model, torch.randn(2, 1536))
-    assert memory.most - memory.before < weight_bytes(model) / 4
+        run(model, x)
+    assert memory.most - memory.before < weight_bytes(model) / 2
 
 
 @pytest.mark.parametrize("limit", [1, 0.5, 0.001])

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,15 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("disk")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # The tensors are tiny: threads would only get in each other's way.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @st.composite
 def policies(draw: st.DrawFn) -> PolicySpec:
     rest, wait = draw(st.sampled_from(_PLACES))
@@ -67,7 +56,7 @@ def policies(draw: st.DrawFn) -> PolicySpec:
         offload=rest,
         onload=wait,
         offload_dtype=rest_dtype,
-        onload_dtype=wait_dtype if (rest, wait) == ("disk", "cpu") else "",
+        onload_dtype=wait_dtype if wait == "cpu" else "",
         compute_dtype=compute_dtype,
         short=draw(st.booleans()),
         residents=draw(st.sampled_from(_RESIDENTS)) if compute_dtype else "default",

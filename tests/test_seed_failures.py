@@ -248,15 +248,16 @@ def test_a_device_with_and_without_its_index_is_one_device() -> None:
 @pytest.mark.gpu
 def test_a_cuda_device_with_and_without_its_index_is_one_device() -> None:
     model, x = linears().to("cuda:0"), torch.randn(2, 32, device="cuda")
-    at_rest = [layer.weight.data_ptr() for layer in model]
+    want = run(copy.deepcopy(model), x)
     config = {"onload_device": "cuda", "offload_device": "cuda:0"}
     policy = OffloadPolicy.from_vram_config({**config, "computation_device": "cuda:0"})
     with offloaded(model, policy):
-        run(model, x)
+        assert same_bits(run(model, x), want)
         moved = offload_stats(model).bytes_moved
-        run(model, x)
+        assert same_bits(run(model, x), want)
         assert offload_stats(model).bytes_moved == moved
-    assert [layer.weight.data_ptr() for layer in model] == at_rest
+    assert {str(parameter.device) for parameter in model.parameters()} == {"cuda:0"}
+    assert same_bits(run(model, x), want)
 
 
 def test_attaching_twice_is_refused_and_wraps_nothing() -> None:

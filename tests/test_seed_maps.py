@@ -16,9 +16,10 @@ from hookoffload import (
     offload_stats,
     offloaded,
 )
-from tests.real_models import REAL_MODELS, first_output
+from tests.real_models import REAL_MODELS
 from tests.samples import (
     Stack,
+    first_output,
     run,
     same_bits,
     weight_bytes,

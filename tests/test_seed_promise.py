@@ -19,10 +19,11 @@ from hookoffload import (
     offload_stats,
     offloaded,
 )
-from tests.real_models import REAL_MODELS, first_output
+from tests.real_models import REAL_MODELS
 from tests.samples import (
     GIB,
     Stack,
+    first_output,
     least_limit_gb,
     lies_in_a_file,
     linears,

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
-from hookoffload import offload, offload_plan, offload_stats, offloaded
-from tests.real_models import REAL_MODELS, first_output
+from hookoffload import offload_plan, offload_stats, offloaded
+from tests.real_models import REAL_MODELS
 from tests.samples import (
     GIB,
     STREAMING,
-    Picture,
     Stack,
+    assert_runs_alike,
+    first_output,
     least_limit_gb,
     linears,
     run,
@@ -80,24 +81,11 @@ USES: dict[str, Use] = {
 }
 
 
-def _assert_runs_alike(model: nn.Module, x: Any, fields: dict[str, Any]) -> None:
-    dtype = fields.get("compute_dtype", torch.float32)
-    x = x.to(dtype) if x.is_floating_point() else x
-    before = Picture(model)
-    want = run(copy.deepcopy(model).to(dtype), x)
-    with offloaded(model, **fields):
-        for _ in range(3):
-            assert same_bits(run(model, x), want)
-        offload(model)
-        assert same_bits(run(model, x), want)
-    assert before.differences(model) == []
-
-
 @ALL
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_a_weight_may_be_read_sideways(use: Use, fields: dict[str, Any]) -> None:
     x = torch.randn(WIDTH, WIDTH)
-    _assert_runs_alike(nn.Sequential(_Reader(use), _Reader(use)), x, fields)
+    assert_runs_alike(nn.Sequential(_Reader(use), _Reader(use)), x, fields)
 
 
 @ALL
@@ -140,7 +128,7 @@ class _Tied(nn.Module):
 def test_an_embedding_may_be_the_output_layer(
     vocabulary: int, fields: dict[str, Any]
 ) -> None:
-    _assert_runs_alike(_Tied(vocabulary), torch.randint(0, 30, (2, 3)), fields)
+    assert_runs_alike(_Tied(vocabulary), torch.randint(0, 30, (2, 3)), fields)
 
 
 @ALL
@@ -152,7 +140,7 @@ def test_an_embedding_may_be_tied_to_a_head(
         nn.Embedding(vocabulary, WIDTH), nn.Linear(WIDTH, vocabulary, bias=False)
     )
     model[1].weight = model[0].weight
-    _assert_runs_alike(model, torch.randint(0, 30, (2, 3)), fields)
+    assert_runs_alike(model, torch.randint(0, 30, (2, 3)), fields)
 
 
 @ALL
@@ -219,6 +207,24 @@ def test_an_exception_under_the_probe_leaves_no_mode_behind() -> None:
             run(model, torch.randn(2, 32))
             assert len(_get_current_function_mode_stack()) == 0
     assert len(_get_current_function_mode_stack()) == 0
+
+
+@ALL
+def test_a_sideways_read_that_fails_leaves_nothing_bound(
+    fields: dict[str, Any],
+) -> None:
+    def use(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(RuntimeError, match="shape"):
+            functional.linear(x[:, :3], module.child.weight)
+        return x
+
+    model = nn.Sequential(_Reader(use), *linears(WIDTH, 3))
+    x = torch.randn(2, WIDTH, dtype=fields.get("compute_dtype"))
+    with offloaded(model, **{**fields, "limit_gb": 0}):
+        at_rest = [parameter.data_ptr() for parameter in model.parameters()]
+        for _ in range(2):
+            run(model, x)
+            assert [parameter.data_ptr() for parameter in model.parameters()] == at_rest
 
 
 class _Branches(nn.Module):

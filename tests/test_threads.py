@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable
@@ -31,8 +30,7 @@ from tests.small_models import (
     tokens,
 )
 from tests.snapshots import Snapshot, assert_untouched
-
-PATIENCE = 5.0  # seconds after which a thread counts as blocked
+from tests.workers import PATIENCE, Worker, in_thread, in_threads
 
 LIMITS = [0, 0.00008, None]
 every_limit = pytest.mark.parametrize("limit_gb", LIMITS)
@@ -40,40 +38,6 @@ every_limit = pytest.mark.parametrize("limit_gb", LIMITS)
 
 class Killed(BaseException):
     """Ends a thread like Ctrl-C: hooks for a failed forward do not run."""
-
-
-class Worker:
-    """Runs an action in a daemon thread: one that hangs fails its test and no other."""
-
-    def __init__(self, action: Callable[..., Any], *args: Any) -> None:
-        self._action = functools.partial(action, *args)
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._action()
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> Any:
-        """Return what the action returned, or raise what it raised."""
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive(), "the thread is blocked"
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-def _in_thread(action: Callable[..., Any], *args: Any) -> Any:
-    return Worker(action, *args).result()
-
-
-def _in_threads(action: Callable[[int], Any], count: int) -> list[Any]:
-    workers = [Worker(action, number) for number in range(count)]
-    return [worker.result() for worker in workers]
 
 
 @every_limit
@@ -93,7 +57,7 @@ def test_threads_that_call_one_model_get_their_own_results(
         for seed in range(number, count * rounds, count):
             assert_same(run(model, tokens(seed)), wanted[seed])
 
-    _in_threads(work, count)
+    in_threads(work, count)
     assert offload_stats(model).forwards == count * rounds
     limit = 2**30 * (limit_gb or 1)
     assert offload_stats(model).peak_bytes <= limit
@@ -116,7 +80,7 @@ def test_threads_that_call_parts_and_the_whole_get_their_own_results(
             else:
                 assert_same(run(model.blocks[1], x), part)
 
-    _in_threads(work, 4)
+    in_threads(work, 4)
     detach(model)
 
 
@@ -132,7 +96,7 @@ def test_threads_that_call_two_models_do_not_disturb_each_other(
         for _ in range(12):
             assert_same(run(models[number % 2], tokens()), wanted[number % 2])
 
-    _in_threads(work, 4)
+    in_threads(work, 4)
     for model in models:
         detach(model)
 
@@ -150,7 +114,7 @@ def test_thread_waits_for_a_forward_that_takes_long(tmp_path: Path) -> None:
         inside[0] -= 1
 
     handle = model.blocks[1].up.register_forward_pre_hook(linger)
-    outputs = _in_threads(lambda seed: run(model, tokens(seed)), 2)
+    outputs = in_threads(lambda seed: run(model, tokens(seed)), 2)
     handle.remove()
     for output, value in zip(outputs, wanted, strict=True):
         assert_same(output, value)
@@ -174,11 +138,11 @@ def test_thread_that_dies_inside_a_forward_blocks_nobody(
 
     handle = model.get_submodule(where).register_forward_pre_hook(die)
     with pytest.raises(error, match="told to"):
-        _in_thread(lambda: run(model, tokens()))
+        in_thread(lambda: run(model, tokens()))
     handle.remove()
-    assert_same(_in_thread(lambda: run(model, tokens())), wanted)
+    assert_same(in_thread(lambda: run(model, tokens())), wanted)
     assert_same(run(model, tokens()), wanted)
-    assert_same(_in_thread(lambda: run(model, tokens())), wanted)
+    assert_same(in_thread(lambda: run(model, tokens())), wanted)
     detach(model)
     assert_untouched(model, before, same_memory=False)
 
@@ -198,9 +162,9 @@ def test_model_can_be_switched_after_a_thread_died_inside_it(
 
     handle = model.blocks[1].down.register_forward_pre_hook(die)
     with pytest.raises(error):
-        _in_thread(lambda: run(model, tokens()))
+        in_thread(lambda: run(model, tokens()))
     handle.remove()
-    _in_thread(lambda: action(model))
+    in_thread(lambda: action(model))
     assert_same(run(model, tokens()), wanted)
     if action is not detach:
         detach(model)
@@ -231,7 +195,7 @@ def test_threads_go_on_while_others_die(tmp_path: Path) -> None:
             else:
                 assert_same(run(model, tokens()), wanted)
 
-    _in_threads(work, 3)
+    in_threads(work, 3)
     handle.remove()
     detach(model)
     assert_untouched(model, before, same_memory=False)
@@ -243,11 +207,11 @@ def test_model_that_was_attached_in_one_thread_is_run_and_detached_in_others(
     model = tiny_model()
     wanted = expected(model, tokens())
     before = Snapshot(model, tmp_path)
-    _in_thread(lambda: attach_offload_hooks(model, on_disk(tmp_path)))
+    in_thread(lambda: attach_offload_hooks(model, on_disk(tmp_path)))
     for _ in range(2):
-        assert_same(_in_thread(lambda: run(model, tokens())), wanted)
+        assert_same(in_thread(lambda: run(model, tokens())), wanted)
     assert_same(run(model, tokens()), wanted)
-    _in_thread(lambda: detach(model))
+    in_thread(lambda: detach(model))
     assert_untouched(model, before, same_memory=False)
 
 
@@ -322,7 +286,7 @@ def test_modes_of_the_calling_thread_do_not_matter(tmp_path: Path) -> None:
 
     for _ in range(2):
         assert_same(run(model, tokens()), wanted)
-        assert_same(_in_thread(infer), wanted)
+        assert_same(in_thread(infer), wanted)
         assert_same(infer(), wanted)
     detach(model)
 
@@ -345,5 +309,5 @@ def test_threads_on_streams_of_their_own_get_their_own_results(count: int) -> No
                 torch.cuda.current_stream().synchronize()
                 assert_same(output, wanted[seed])
 
-    _in_threads(work, count)
+    in_threads(work, count)
     detach(model)

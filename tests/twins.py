@@ -106,8 +106,6 @@ class PolicySpec(Printed):
 
     def at_rest(self, own: torch.dtype) -> torch.dtype:
         """Returns the dtype of a resting parameter."""
-        if self.offload == self.onload == "cpu":
-            return self.waiting(own)
         return _dtype(self.offload_dtype) or own
 
     def waiting(self, own: torch.dtype) -> torch.dtype:

@@ -1,0 +1,101 @@
+"""Invariant 10: tied tensors have one master, move once and stay tied."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hookoffload import (
+    offload_plan,
+    offload_stats,
+    offloaded,
+)
+from tests.real_models import REAL_MODELS
+from tests.samples import (
+    STREAMING,
+    Picture,
+    first_output,
+    linears,
+    run,
+    same_bits,
+    weight_bytes,
+)
+
+
+def _tied_by_object() -> nn.Sequential:
+    model = linears(depth=3)
+    model[2].weight = model[0].weight
+    return model
+
+
+def _tied_by_storage() -> nn.Sequential:
+    model = linears(depth=3)
+    model[2].weight = nn.Parameter(model[0].weight.detach().T)
+    return model
+
+
+def _overlapping() -> nn.Sequential:
+    model = linears(depth=3)
+    fused = torch.randn(48, 32)
+    model[0].weight = nn.Parameter(fused[:32])
+    model[2].weight = nn.Parameter(fused[16:])
+    return model
+
+
+@pytest.mark.parametrize("fields", STREAMING.values(), ids=STREAMING)
+@pytest.mark.parametrize("make", [_tied_by_object, _tied_by_storage, _overlapping])
+def test_tied_tensors_move_once_and_stay_tied(
+    make: Any, fields: dict[str, Any]
+) -> None:
+    dtype = fields.get("compute_dtype", torch.float32)
+    model, x = make(), torch.randn(2, 32, dtype=dtype)
+    bits = [p.detach().clone().to(dtype) for p in model.parameters()]
+    want = x
+    for weight in (model[0].weight, model[1].weight, model[2].weight):
+        want = nn.functional.linear(want, weight.detach().clone().to(dtype))
+    storage = model[0].weight.untyped_storage()
+    shared = min(storage.nbytes(), 2 * 32 * 32 * 4) + model[1].weight.nbytes
+    with offloaded(model, **fields):
+        least = offload_plan(model).least_bytes
+        for _ in range(3):
+            assert torch.equal(run(model, x), want)
+        assert offload_plan(model).least_bytes == least, "none was read sideways"
+        assert sum(s.copy_bytes for s in offload_plan(model).layers) == shared
+        if offload_plan(model).limit_bytes is None:
+            assert offload_stats(model).bytes_moved == shared
+        assert _are_tied(model)
+    assert _are_tied(model)
+    for before, after in zip(bits, model.parameters(), strict=True):
+        assert same_bits(before, after.detach().to(dtype))
+
+
+def _are_tied(model: nn.Sequential) -> bool:
+    """Write through one name at rest and look through the other."""
+    one, other = model[0].weight, model[2].weight
+    kept = one.data[20, 20].clone()
+    before = other.detach().clone()
+    with torch.no_grad():
+        one[20, 20] = 123.0
+        seen = not torch.equal(other.detach(), before)
+        one[20, 20] = kept
+    return seen
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+def test_the_tied_embeddings_of_real_models_stay_tied(name: str) -> None:
+    model, inputs = REAL_MODELS[name]()
+    names = list(dict(model.named_parameters(remove_duplicate=False)))
+    tied = len(names) - len(list(model.parameters()))
+    assert tied
+    want = first_output(run(copy.deepcopy(model), **inputs))
+    before = Picture(model)
+    with offloaded(model, store="disk", limit_gb=0):
+        assert same_bits(first_output(run(model, **inputs)), want)
+        assert len(names) - len(list(model.parameters())) == tied
+        moved = sum(layer.copy_bytes for layer in offload_plan(model).layers)
+        assert moved <= weight_bytes(model)
+    assert before.differences(model) == []
