@@ -43,14 +43,21 @@ class AlwaysResident:
         for layer in (self._uncast, self._cast):
             if layer.resident is not None:
                 continue
-            layer.resident = blocks = []  # kept as they come: a later one may not fit
-            for piece in layer.pieces:
-                size = piece.master.count * _dtype(piece.master).itemsize
-                blocks.append(self._memory.allocate("always", size, piece.master.name))
-            self._fill(layer, blocks)
+            blocks: list[Block] = []
+            try:
+                for piece in layer.pieces:
+                    size = piece.master.count * _dtype(piece.master).itemsize
+                    name = piece.master.name
+                    blocks.append(self._memory.allocate("always", size, name))
+                self._fill(layer, blocks)
+            except BaseException:
+                for block in blocks:
+                    self._memory.free(block)
+                raise
+            layer.resident = blocks
         if self._uncast.pieces and not self._uncast.stays_bound:
+            self._uncast.stays_bound = True  # first: what is bound in part is undone
             self._uncast.bind(None)
-            self._uncast.stays_bound = True
 
     def _fill(self, layer: Layer, blocks: list[Block]) -> None:
         layer.copied_revision = layer.revision()
@@ -66,17 +73,17 @@ class AlwaysResident:
         assert layer.resident is not None, "calls begin behind onload"
         if layer.revision() != layer.copied_revision:
             self._fill(layer, layer.resident)
-        layer.bind(None)
         self._entered = True
+        layer.bind(None)
 
     def leave(self) -> None:
         """Put what is cast to rest, at the end of the outermost call."""
         if not self._entered:
             return
-        self._entered = False
         self._take_back(self._cast)
         self._cast.put_to_rest()
         self._cast.copied_revision = self._cast.revision()
+        self._entered = False
 
     def release(self) -> None:
         """Put everything to rest and give the memory back."""

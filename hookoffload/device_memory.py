@@ -56,6 +56,7 @@ class DeviceMemory:
         self.device = device
         self.budget = budget
         self._module = None if device.type == "cpu" else _device_module(device)
+        self._live: dict[int, Block] = {}
         self._transient: list[Block] = []  # one or two; residents can be thousands
 
     def allocate(self, kind: str, nbytes: int, what: str = "") -> Block:
@@ -73,15 +74,30 @@ class DeviceMemory:
             self.budget.release(kind, size)
             raise
         block = Block(memory, kind)
+        self._live[id(block)] = block
         if kind in TRANSIENT_KINDS:
             self._transient.append(block)
         return block
 
     def free(self, block: Block) -> None:
-        """Give a block back to the budget and to PyTorch's allocator."""
-        self.budget.release(block.kind, block.nbytes)
-        if block.kind in TRANSIENT_KINDS:
+        """Give a block back to the budget and to PyTorch's allocator.
+
+        Twice is not wrong: behind an interrupt nobody knows how far the first got.
+        """
+        if self._live.pop(id(block), None) is None:
+            return
+        if block in self._transient:
             self._transient.remove(block)
+        self.budget.release(block.kind, block.nbytes)
+
+    def settle(self) -> None:
+        """Make the budget agree with the blocks that there are, behind an interrupt."""
+        taken = dict.fromkeys(self.budget.by_kind(), 0)
+        for block in self._live.values():
+            taken[block.kind] = taken.get(block.kind, 0) + block.nbytes
+        for kind, nbytes in self.budget.by_kind().items():
+            if nbytes > taken[kind]:
+                self.budget.release(kind, nbytes - taken[kind])
 
     def overlaps_transient(self, pointer: int) -> bool:
         """Tell whether an address lies in memory that is reused within a pass."""

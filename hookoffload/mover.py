@@ -126,9 +126,9 @@ class LayerMover:
     def _free_window(self) -> None:
         """Give window and scratch back, before anything is taken instead of them."""
         blocks = [self._ring_block, self._stack_block, self._scratch_block]
+        ring, stack, scratch = RegionRing(0), RegionStack(0), RegionStack(0)
+        self._ring, self._stack, self._scratch = ring, stack, scratch
         self._ring_block = self._stack_block = self._scratch_block = None
-        self._ring, self._stack = RegionRing(0), RegionStack(0)
-        self._scratch = RegionStack(0)
         # Copies that were cancelled may still be running into them.
         self.engine.drain()
         while blocks:
@@ -436,6 +436,7 @@ class LayerMover:
         Used by offload, by detach and behind an interrupted pass; a layer that is
         bound at that moment counts as released.
         """
+        self.plan = None  # first: what an interrupt leaves half done is done again
         self.engine.drain()
         for layer in self.layers:
             if layer.copy is not None:
@@ -456,6 +457,7 @@ class LayerMover:
         self._free_window()
         self._under_way = 0
         self.plan = None
+        self.memory.settle()
 
     def close(self) -> None:
         """End the engine's thread."""

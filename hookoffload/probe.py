@@ -161,6 +161,11 @@ class Probe(TorchFunctionMode):
             return None
         return self.session.outside_window(output)
 
+    def has_left(self) -> bool:
+        """Leave the stack of modes if this thread has it; tell whether it is gone."""
+        self._pull()
+        return not self._pushed
+
     def enter(self, site: Site) -> None:
         """Note that a site's module runs."""
         self.note_begin(site.name, site.module)

@@ -74,6 +74,7 @@ class Session(NotCopied):
         self.mover = LayerMover(policy.compute_device, self.budget, poison=poison)
         self.planner = PassPlanner(policy, self.budget, self.mover.memory)
         self.probe: Probe | None = None
+        self._left_probes: list[Probe] = []
         self.onloaded = False
         self.ended = False  # a thread may still wait at a hook that is off by now
         self.sites: list[Site] = []
@@ -197,32 +198,38 @@ class Session(NotCopied):
             self._end()
 
     def _end(self) -> None:
-        if self.probe is not None:
-            self.probe.abandon()
-            self.probe = None
+        self._retire_probe()
         self.remove_hooks()
         self.root.remove()
-        self.state_hooks.remove()
-        purge_hooks(self)  # an interrupt may have come between a hook and its handle
         try:
             self.mover.drop_all()
             self.always.release()
             self._page_lock.unlock(self.store.masters)
             Store(self.always.masters, None).restore()
             self.store.restore()
-        finally:
-            self.mover.close()
-            self.onloaded = False
-            self.ended = True
-            # The hooks and this object refer to each other: until Python's collector
-            # comes round, nothing here may keep the weights.
-            self.sites, self.root_site = [], None
-            self.layers, self._masters, self._moved_masters = [], {}, []
-            self.mover.set_layers((), ())
-            self.store.masters = []
-            self.state_hooks.forget()
-            self.always.forget()
-            self.planner.forget()
+        except Exception:
+            self._let_go()  # a disk or a device refused: the hooks go nevertheless
+            raise
+        # Not behind Ctrl-C: what says that the model is attached goes last, and detach
+        # can be called again.
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop everything that refers to the model; the last step of detach."""
+        self.mover.close()
+        self.state_hooks.remove()
+        purge_hooks(self)  # an interrupt may have come between a hook and its handle
+        self.onloaded = False
+        self.ended = True
+        # The hooks and this object refer to each other: until Python's collector comes
+        # round, nothing here may keep the weights.
+        self.sites, self.root_site = [], None
+        self.layers, self._masters, self._moved_masters = [], {}, []
+        self.mover.set_layers((), ())
+        self.store.masters = []
+        self.state_hooks.forget()
+        self.always.forget()
+        self.planner.forget()
 
     def register_hooks(self) -> None:
         """Hang the hooks on every site but the root's, which `RootHooks` serves."""
@@ -303,9 +310,7 @@ class Session(NotCopied):
 
     def _forget_interrupted_calls(self) -> None:
         logger.info("cleaning up behind an interrupted forward")
-        if self.probe is not None:
-            self.probe.abandon()
-            self.probe = None
+        self._retire_probe()
         for site in self.sites:
             site.forget_calls()
         self.root.forget_calls()
@@ -313,6 +318,18 @@ class Session(NotCopied):
         self.mover.drop_all()
         self.mover.order.end_pass(complete=False)
         self._probe_next = True
+
+    def _retire_probe(self) -> None:
+        """End a probe that was interrupted; it leaves the thread that it watched.
+
+        Only that thread can take it off its stack of modes: the others leave it there,
+        blind, for the next hook that runs in it.
+        """
+        if self.probe is not None:
+            self._left_probes.append(self.probe)
+            self.probe.abandon()
+            self.probe = None
+        self._left_probes = [p for p in self._left_probes if not p.has_left()]
 
     def is_left_behind(self, root: RootHooks) -> bool:
         """Tell whether the levels around a call of the root are a dead call's."""
@@ -357,6 +374,7 @@ class Session(NotCopied):
         self._apply(self.planner.for_pass(size, probing=first))
         if not self._hooks_hang and not self.all_stay:
             self.register_hooks()
+        self._retire_probe()  # of a pass that was interrupted at its very end
         if probing:
             self.probe = Probe(self)
         self.mover.order.begin_pass()
@@ -495,10 +513,11 @@ class Session(NotCopied):
 
     def offload(self) -> None:
         """Bring the model to its offload placement; no memory of the device is kept."""
+        was, self.onloaded = self.onloaded, False
         with torch.inference_mode(False):
             self.mover.drop_all()
             self.always.release()
-            if self.onloaded and not self._waits_where_it_rests:
+            if was and not self._waits_where_it_rests:
                 self._page_lock.unlock(self.store.masters)
                 self.store.offload(self.policy.offload)
         self.onloaded = False
@@ -519,10 +538,10 @@ class Session(NotCopied):
     def rest_for_loading(self) -> None:
         """Put everything to rest, so that loading writes to masters only."""
         self.sync_masters()
+        self.onloaded = False
         with torch.inference_mode(False):
             self.mover.drop_all()
             self.always.release()
-        self.onloaded = False
 
     # -- what hooks need ------------------------------------------------------------
 

@@ -154,11 +154,13 @@ class Master:
 
     def become(self, flat: torch.Tensor, location: TensorLocation | None) -> None:
         """Take ``flat`` as the bytes at rest from now on, and put members on it."""
+        # In this order an interrupt leaves the old bytes, or all of the new ones.
+        views = [self.member_view(member, flat) for member in self.members]
+        for member, view in zip(self.members, views, strict=True):
+            member.set_rest(view)
         self.flat = flat
         self.location = location
         self.dirty = self.pinned = False
-        for member in self.members:
-            member.set_rest(self.member_view(member, flat))
         self.put_to_rest()
 
     def member_view(self, member: Member, flat: torch.Tensor) -> torch.Tensor:

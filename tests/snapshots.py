@@ -158,8 +158,7 @@ def _surroundings() -> tuple[Any, ...]:
 
 
 def _threads() -> set[threading.Thread]:
-    """Return the threads, without the one that tqdm keeps for each process."""
-    return {t for t in threading.enumerate() if t.name != "tqdm_monitor"}
+    return set(threading.enumerate())
 
 
 def _threads_left(before: set[threading.Thread]) -> set[threading.Thread]:

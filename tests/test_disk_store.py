@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from tqdm.std import tqdm
 
 from hookoffload import (
     OffloadPolicy,
@@ -27,7 +30,6 @@ from hookoffload import (
     offload_stats,
     offloaded,
     onload,
-    progress,
 )
 from tests.small_models import (
     TinyModel,
@@ -483,35 +485,28 @@ def test_edits_of_a_model_on_disk_are_used_and_kept(
         assert_same(tiny.get_parameter(name), parameter)
 
 
-class _Bar:
-    """Stands for the progress bar and remembers what it was told."""
-
-    made: list[_Bar]
-
-    def __init__(self, *, desc: str, total: int, **_: Any) -> None:
-        self.text, self.total, self.done, self.closed = desc, total, 0, False
-        _Bar.made.append(self)
-
-    def update(self, count: int) -> None:
-        self.done += count
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closed = True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_progress_of_writing_is_shown_in_bytes(
     tmp_path: Path, tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _Bar.made = []
-    monkeypatch.setattr(progress, "tqdm", _Bar)
+    told: list[tuple[str, float, float]] = []
+    update = tqdm.update
+
+    def note(bar: Any, count: float = 1) -> Any:
+        told.append((bar.desc, bar.total, count))
+        return update(bar, count)
+
+    monkeypatch.setattr(tqdm, "update", note)
+    monkeypatch.setattr(sys, "stderr", Terminal())
     with offloaded(tiny, on_disk(tmp_path)):
         pass
-    (bar,) = [bar for bar in _Bar.made if "writing" in bar.text]
-    assert bar.total == bar.done == nbytes(tiny)
-    assert bar.closed
+    written = [entry for entry in told if "writing" in entry[0]]
+    assert {total for _, total, _ in written} == {nbytes(tiny)}
+    assert sum(count for _, _, count in written) == nbytes(tiny)
 
 
 @pytest.mark.gpu

@@ -194,7 +194,7 @@ def test_interrupt_at_any_step_of_attach_leaves_the_model_untouched(
 
 PATCHED: dict[str, tuple[Any, str]] = {
     "a write to the spill file": (os, "pwrite"),
-    "making the folder": (tempfile, "mkdtemp"),
+    "making the folder": (Path, "mkdir"),
     "naming the finished file": (os, "replace"),
     "a pre hook": (nn.Module, "register_forward_pre_hook"),
     "a post hook": (nn.Module, "register_forward_hook"),

@@ -60,6 +60,8 @@ def test_tied_tensors_move_once_and_stay_tied(
     storage = model[0].weight.untyped_storage()
     shared = min(storage.nbytes(), 2 * 32 * 32 * 4) + model[1].weight.nbytes
     with offloaded(model, **fields):
+        alone = nn.functional.linear(x, model[2].weight.detach().to(dtype))
+        assert torch.equal(run(model[2], x), alone)
         least = offload_plan(model).least_bytes
         for _ in range(3):
             assert torch.equal(run(model, x), want)
