@@ -13,7 +13,7 @@ from .partition import check_tensors
 from .policy import OffloadPolicy
 from .safetensors_file import TensorLocation
 from .session import Session
-from .state_hooks import session_of
+from .state_hooks import owner_of, session_of
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -65,6 +65,7 @@ def _attach(
     model: ModuleT, policy: OffloadPolicy, locations: dict[str, TensorLocation]
 ) -> ModuleT:
     _check_model(model)
+    _check_owners(model)
     _check_policy(policy)
     resolved = policy.resolve()
     check_tensors(model)
@@ -275,6 +276,17 @@ def _check_model(model: nn.Module) -> None:
                 f"{name or type(model).__name__} was compiled in place "
                 "(module.compile()), and hooks do not run around compiled calls. "
                 "Attach before compiling is not supported either; use the eager model"
+            )
+
+
+def _check_owners(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        owner = owner_of(tensor)
+        if owner is not None and not owner.ended:
+            raise RuntimeError(
+                f"{name} belongs to a {type(owner.model).__name__} that has offload "
+                "hooks attached already, and two models cannot both move it. Call "
+                "detach on that model first, or attach one module that holds both"
             )
 
 

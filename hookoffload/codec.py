@@ -31,6 +31,7 @@ def is_movable(tensor: torch.Tensor) -> bool:
     plain = type(tensor) in _PLAIN_TYPES or (
         type(tensor).__torch_function__ is torch.nn.Parameter.__torch_function__
     )
+    plain = plain and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
     lazy = torch.nn.parameter.is_lazy(tensor)
     strided = tensor.layout is torch.strided and not tensor.is_quantized
     return plain and not lazy and strided

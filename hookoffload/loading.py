@@ -139,7 +139,7 @@ class _Values:
         }
         named = {id(tensor): name for name, tensor in stand_ins.items()}
         try:
-            result = dict(converter(dict(stand_ins)))
+            result = _checked(converter(dict(stand_ins)))
             if all(id(tensor) in named for tensor in result.values()):
                 renamed = {
                     new: self.locations[named[id(tensor)]]
@@ -151,13 +151,7 @@ class _Values:
             logger.debug("the converter does not run on stand-ins: %s", error)
         tensors = {name: at.file.mapped(at) for name, at in self.locations.items()}
         named = {id(tensor): name for name, tensor in tensors.items()}
-        result = dict(converter(dict(tensors)))
-        for name, tensor in result.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ValueError(
-                    f"state_dict_converter returned a {type(tensor).__name__} for "
-                    f"{name!r}; it must return a mapping of names to tensors"
-                )
+        result = _checked(converter(dict(tensors)))
         kept = {
             new: self.locations[named[id(tensor)]]
             for new, tensor in result.items()
@@ -173,6 +167,22 @@ class _Values:
     def close(self) -> None:
         for file in self.files:
             file.close()
+
+
+def _checked(converted: object) -> dict[str, torch.Tensor]:
+    """Return what a converter returned, if it is names and tensors."""
+    if not isinstance(converted, Mapping):
+        raise ValueError(
+            f"state_dict_converter returned a {type(converted).__name__}; it must "
+            "return a mapping of names to tensors"
+        )
+    for name, tensor in converted.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"state_dict_converter returned a {type(tensor).__name__} for "
+                f"{name!r}; it must return a mapping of names to tensors"
+            )
+    return dict(converted)
 
 
 @dataclass

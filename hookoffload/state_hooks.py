@@ -6,6 +6,7 @@ kin are refused before they move anything.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .refusals import NotCopied
 from .store import Master, Member
@@ -54,6 +56,8 @@ class StateHooks(NotCopied):
             keep(module.register_state_dict_post_hook(partial(self._after_state_dict)))
             keep(module.register_load_state_dict_pre_hook(self._before_load))
         self.session.model.__dict__["_apply"] = self._refuse_to_move
+        for _, member in self._managed.values():
+            _OWNERS[member.tensor] = weakref.ref(self.session)
 
     def renew(self) -> None:
         """Look up the masters anew, after layers were built again."""
@@ -79,6 +83,8 @@ class StateHooks(NotCopied):
 
     def forget(self) -> None:
         """Drop what refers to tensors, behind detach."""
+        for _, member in self._managed.values():
+            _OWNERS.pop(member.tensor, None)
         self._managed = {}
         self._expected = []
 
@@ -156,6 +162,16 @@ class StateHooks(NotCopied):
             return function(like) is like and not like.is_shared()
         except Exception:
             return False  # a device that is not there
+
+
+# Whose a tensor is: two attached models must not swap one tensor's data.
+_OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def owner_of(tensor: torch.Tensor) -> Session | None:
+    """Return the session that manages a tensor, None without one."""
+    found = _OWNERS.get(tensor)
+    return None if found is None else found()
 
 
 def session_of(module: nn.Module) -> Session | None:

@@ -24,7 +24,12 @@ _GLOBAL_HOOKS = (
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's bytes, so that NaNs and signed zeros compare too."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    plain = tensor.detach().cpu()
+    if plain.is_quantized:
+        plain = plain.int_repr()
+    if plain.layout is not torch.strided:
+        plain = plain.to_dense()
+    plain = plain.resolve_conj().resolve_neg().contiguous()
     return plain.reshape(-1).view(torch.uint8)
 
 
@@ -74,7 +79,7 @@ class Snapshot:
         }
         self.modules = _modules(model)
         self.surroundings = _surroundings()
-        self.threads = _threads()
+        self.threads = set(threading.enumerate())
         self.files = _files(folder)
         self.held = _held_files(folder)
 
@@ -157,14 +162,10 @@ def _surroundings() -> tuple[Any, ...]:
     return hooks, modes, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-def _threads() -> set[threading.Thread]:
-    return set(threading.enumerate())
-
-
 def _threads_left(before: set[threading.Thread]) -> set[threading.Thread]:
     """Return threads that are new, after a moment for those that are ending."""
     deadline = time.monotonic() + 2
-    while left := _threads() - before:
+    while left := set(threading.enumerate()) - before:
         if time.monotonic() > deadline:
             break
         time.sleep(0.005)
