@@ -390,13 +390,13 @@ class Store:
         is the library's own, and stays in RAM when it is the user's.
         """
         for master in self.masters:
+            master.reconcile(lenient=True)
             known = self._mapped.pop(id(master), None)
             if known is None:
                 if not placement.on_disk:
                     self._cast(master, placement.dtype)
                 continue
             flat, location = known
-            master.reconcile()
             if master.dirty:
                 if not location.file.writable_shared:
                     continue

@@ -368,8 +368,12 @@ class Twin:
         self._kept += [(tensor, tensor.detach().clone()) for tensor in plain]
 
     def _called(self, part: int) -> tuple[nn.Module, nn.Module]:
-        """Returns the modules to call; a part must not rely on its parents."""
-        if not part or self._policy.module_map:
+        """Returns the modules to call; a part must not rely on its parents.
+
+        After Ctrl-C the root is called: only that, and not a part, tells the library
+        that the interrupted call is over.
+        """
+        if not part or self._policy.module_map or self._interrupted:
             return self.model, self._computing
         parts = [
             pair
