@@ -76,7 +76,8 @@ class Spec(Printed):
         dtype: Name of the dtype of its parameters.
         variant: A variant of the kind; see its class.
         layout: How a linear's weight lies: "", "turned", "steps" (every second row of
-            a larger one) or "roomy" (the beginning of a larger one).
+            a larger one), "roomy" (the beginning of a larger one) or "bits" (it shares
+            its memory with a parameter of integers).
         norm: On the weight of a linear or conv: "", "hook" (old-style weight norm), or
             a parametrization: "weight", "spectral", "halved".
         tie: How a linear's weight is tied to that of an earlier linear: "", "same"
@@ -186,7 +187,9 @@ class _Builder:
             _normalise(module.inner, spec.norm)  # type: ignore[arg-type]
         if isinstance(module, modules.Linear) and spec.hook:
             module.add_user_hook(spec.hook)
-        module.requires_grad_(not spec.frozen)
+        for parameter in module.parameters():
+            if parameter.dtype.is_floating_point:
+                parameter.requires_grad_(not spec.frozen)
 
     def _lay_out(self, linear: nn.Linear, spec: Spec) -> None:
         earlier = [
@@ -200,6 +203,10 @@ class _Builder:
         rows = len(linear.weight)
         if spec.layout == "turned":
             linear.weight = nn.Parameter(linear.weight.detach().t())
+        elif spec.layout == "bits":
+            integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+            bits = linear.weight.detach().view(integers[linear.weight.itemsize])
+            linear.bits = nn.Parameter(bits, requires_grad=False)
         elif spec.layout:
             room = linear.weight.detach().repeat(2, 1)
             step = 2 if spec.layout == "steps" else 1
@@ -243,6 +250,7 @@ def specs(
     *,
     writes: frozenset[str] = frozenset({"parameters", "buffers", "objects"}),
     narrow_buffers_change: bool = True,
+    bits: bool = True,
     depth: int = 3,
 ) -> st.SearchStrategy[Spec]:
     """Draws trees.
@@ -251,10 +259,16 @@ def specs(
         writes: What forwards may write to: "parameters", "buffers", "objects".
         narrow_buffers_change: Whether buffers that forwards write to may be narrower
             than float32.
+        bits: Whether parameters of different dtypes may share their memory; then none
+            of them is ever cast.
         depth: The most blocks that lie inside one another.
     """
     kinds = [
-        [spec for spec in kind if spec.writes <= writes]
+        [
+            spec
+            for spec in kind
+            if spec.writes <= writes and (bits or spec.layout != "bits")
+        ]
         for kind in _leaves("float32" if not narrow_buffers_change else "")
     ]
     # A choice among kinds first: as a plain union, blocks would be one kind in many.
@@ -322,12 +336,12 @@ def _leaves(changing_dtype: str) -> list[list[Spec]]:
     changing = [changing_dtype] if changing_dtype else FLOATS
     return [
         leaf("linear", variant=["", "bare"], hook=hooks),
-        leaf("linear", layout=["turned", "steps", "roomy"]),
+        leaf("linear", layout=["turned", "steps", "roomy", "bits"]),
         leaf("linear", tie=["same", "view", "shifted"], target=targets),
         leaf("linear", norm=norms, hook=["", "post"]),
         leaf("linear", norm=["spectral"], dtype=["float32"]),
         leaf("conv", variant=["", "2d"], norm=["", *norms]),
-        leaf("embedding", variant=["", "padding_idx", "max_norm"]),
+        leaf("embedding", variant=["", "padding_idx", "large", "max_norm"]),
         leaf("layernorm"),
         leaf("batchnorm", dtype=changing),
         leaf("attention"),

@@ -176,19 +176,20 @@ class Conv(Node):
 
 
 class Embedding(Node):
-    """nn.Embedding; variants "padding_idx" and "max_norm"."""
+    """nn.Embedding; variants "padding_idx", "max_norm" and "large" (a MiB and more)."""
 
     def __init__(self, spec: Spec, number: int) -> None:
         super().__init__(spec, number)
+        self.spread = 2**15 if spec.variant == "large" else 1
         self.inner = nn.Embedding(
-            VOCABULARY,
+            VOCABULARY * self.spread,
             WIDTH,
-            padding_idx=1 if "padding_idx" in spec.variant else None,
-            max_norm=0.5 if "max_norm" in spec.variant else None,
+            padding_idx=1 if spec.variant == "padding_idx" else None,
+            max_norm=0.5 if spec.variant == "max_norm" else None,
         )
 
     def compute(self, h: Tensor, ids: Tensor) -> Tensor:
-        return self.inner(ids)  # type: ignore[no-any-return]
+        return self.inner(ids * self.spread)  # type: ignore[no-any-return]
 
 
 class Norm(Node):
