@@ -13,15 +13,21 @@ from .attach import (
     offload_stats,
     offloaded,
     onload,
+    report,
     set_limit,
 )
 from .budget import BudgetExceededError
+from .cost import Rates
 from .loading import load_model
+from .lora import add_lora, clear_lora
+from .machine import measure_rates
 from .placement import Placement
 from .plan import Plan
 from .policy import OffloadPolicy
-from .report import OffloadStats
+from .run_report import Report
 from .safetensors_header import CheckpointError
+from .saving import save_model
+from .stats import OffloadStats
 
 __all__ = [
     "BudgetExceededError",
@@ -30,13 +36,20 @@ __all__ = [
     "OffloadStats",
     "Placement",
     "Plan",
+    "Rates",
+    "Report",
+    "add_lora",
     "attach_offload_hooks",
+    "clear_lora",
     "detach",
     "load_model",
+    "measure_rates",
     "offload",
     "offload_plan",
     "offload_stats",
     "offloaded",
     "onload",
+    "report",
+    "save_model",
     "set_limit",
 ]

@@ -76,11 +76,17 @@ class AlwaysResident:
         self._entered = True
         layer.bind(None)
 
-    def leave(self) -> None:
-        """Put what is cast to rest, at the end of the outermost call."""
+    def leave(self, *, training: bool = False) -> None:
+        """Put what is cast to rest, at the end of the outermost call.
+
+        Args:
+            training: the model trains, so that statistics may have moved.
+        """
         if not self._entered:
             return
-        self._take_back(self._cast)
+        self._take_back(
+            self._cast, compare=training and torch.is_inference_mode_enabled()
+        )
         self._cast.put_to_rest()
         self._cast.copied_revision = self._cast.revision()
         self._entered = False
@@ -108,17 +114,19 @@ class AlwaysResident:
             self._take_back(self._cast)
 
     @staticmethod
-    def _take_back(layer: Layer) -> None:
+    def _take_back(layer: Layer, *, compare: bool = False) -> None:
         """Copy values that a forward changed into their masters.
 
         Values are compared, because some kernels write to statistics without moving
         their version (batch norm does under inference mode). What is cast on an
-        accelerator goes by the version alone: comparing would wait for it every pass.
+        accelerator goes by the version alone unless ``compare`` says otherwise:
+        comparing waits for the accelerator.
         """
         for piece in layer.pieces:
             for member in piece.master.members:
                 value, rest = member.tensor.data, member.rest
-                if value.dtype != rest.dtype and value.device.type != "cpu":
+                cast_away = value.dtype != rest.dtype and value.device.type != "cpu"
+                if cast_away and not compare:
                     piece.master.take_bound(member)
                 elif not torch.equal(value, rest.to(value)):
                     rest.copy_(value)

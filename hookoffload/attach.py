@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,13 +12,21 @@ from torch import nn
 
 from .partition import check_tensors
 from .policy import OffloadPolicy
+from .preview import (
+    Checkpoint,
+    plan_of_checkpoint,
+    plan_of_model,
+    plan_of_session,
+)
 from .safetensors_file import TensorLocation
 from .session import Session
 from .state_hooks import owner_of, session_of
 
 if TYPE_CHECKING:
+    from .cost import Rates
     from .plan import Plan
-    from .report import OffloadStats
+    from .run_report import Report
+    from .stats import OffloadStats
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +108,8 @@ def detach(model: ModuleT) -> ModuleT:
         Linear(in_features=2, out_features=2, bias=True)
     """
     session = _session(model, "detach")
-    session.require_idle("detach")
-    try:
+    with session.by_hand("detach"):
         session.end()
-    finally:
-        session.leave_call()
     return model
 
 
@@ -151,11 +157,8 @@ def onload(model: nn.Module) -> None:
         RuntimeError: The model is not attached, or is running.
     """
     session = _session(model, "onload")
-    session.require_idle("onload")
-    try:
+    with session.by_hand("onload"):
         session.onload()
-    finally:
-        session.leave_call()
 
 
 def offload(model: nn.Module) -> None:
@@ -171,11 +174,8 @@ def offload(model: nn.Module) -> None:
         RuntimeError: The model is not attached, or is running.
     """
     session = _session(model, "offload")
-    session.require_idle("offload")
-    try:
+    with session.by_hand("offload"):
         session.offload()
-    finally:
-        session.leave_call()
 
 
 def set_limit(model: nn.Module, limit_gb: float | None) -> None:
@@ -203,26 +203,62 @@ def set_limit(model: nn.Module, limit_gb: float | None) -> None:
     """
     limit = OffloadPolicy(limit_gb=limit_gb).resolve().limit_bytes
     session = _session(model, "set_limit")
-    session.require_idle("set_limit")
-    try:
+    with session.by_hand("set_limit"):
         session.set_limit(limit)
-    finally:
-        session.leave_call()
 
 
-def offload_plan(model: nn.Module) -> Plan:
+def offload_plan(
+    model_or_checkpoint: nn.Module | Checkpoint,
+    policy: OffloadPolicy | None = None,
+    *,
+    rates: Rates | None = None,
+) -> Plan:
     """Return what is resident, what streams, and what a pass costs.
 
+    Nothing runs, moves or loads for it. A checkpoint is planned from the headers of
+    its files: its tensors are grouped by the names of their modules, and each counts
+    as read by every pass, because only the model knows better.
+
     Args:
-        model: an attached model.
+        model_or_checkpoint: an attached model; any other model, with a policy; or a
+            checkpoint as `load_model` takes it: a safetensors file, several, or a
+            folder.
+        policy: what to plan for; default for a checkpoint: unlimited. Its devices
+            need not be there. An attached model has its own.
+        rates: how fast the machine is; with them the plan says how long a pass takes.
 
     Returns:
         The plan; ``print`` it for a table in GiB.
 
     Raises:
-        RuntimeError: The model is not attached.
+        RuntimeError: The model is not attached, and no policy is given.
+        ValueError: The policy does not fit, or the model is attached and has one.
+        CheckpointError: A file is missing or damaged.
+        BudgetExceededError: The limit is below the least that the model needs.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(8)])
+        >>> policy = OffloadPolicy(limit_gb=0.005, compute_device="cuda")
+        >>> offload_plan(model, policy)
+        Plan(2 of 8 layers resident, 6 streamed)
     """
-    return _session(model, "offload_plan").plan
+    if isinstance(model_or_checkpoint, str | os.PathLike | list | tuple):
+        _check_policy(policy or OffloadPolicy())
+        checkpoint = model_or_checkpoint
+        return plan_of_checkpoint(checkpoint, policy or OffloadPolicy(), rates)
+    model = model_or_checkpoint
+    if policy is None or (isinstance(model, nn.Module) and session_of(model)):
+        session = _session(model, "offload_plan", "; or pass a policy to plan for")
+        if policy is not None:
+            raise ValueError(
+                f"{type(model).__name__} is attached and has a policy: leave policy "
+                "out. offload_plan(model).curve(limits_gb=[...]) plans for other limits"
+            )
+        return plan_of_session(session, rates)
+    _check_model(model)
+    _check_policy(policy)
+    return plan_of_model(model, policy, rates)
 
 
 def offload_stats(model: nn.Module) -> OffloadStats:
@@ -237,12 +273,39 @@ def offload_stats(model: nn.Module) -> OffloadStats:
     return _session(model, "offload_stats").stats()
 
 
-def _session(model: nn.Module, what: str) -> Session:
+def report(model: nn.Module) -> Report:
+    """Return what a model has done that was attached with ``record=True``.
+
+    Args:
+        model: an attached model.
+
+    Returns:
+        The report; ``print`` it, or ``save`` it as a page to look at.
+
+    Raises:
+        RuntimeError: The model is not attached, does not record, or is running.
+
+    Example:
+        >>> import torch
+        >>> policy = OffloadPolicy(compute_device="cpu", store="disk", record=True)
+        >>> model = attach_offload_hooks(torch.nn.Linear(2, 2), policy)
+        >>> with torch.no_grad():
+        ...     output = model(torch.zeros(1, 2))
+        >>> report(model)
+        Report(Linear on cpu, 1 forwards, 1 of them in detail, 1 layers)
+        >>> model = detach(model)
+    """
+    session = _session(model, "report")
+    with session.by_hand("report"):
+        return session.report()
+
+
+def _session(model: nn.Module, what: str, or_else: str = "") -> Session:
     session = session_of(model) if isinstance(model, nn.Module) else None
     if session is None:
         raise RuntimeError(
             f"{what}: {type(model).__name__} has no offload hooks; call "
-            "attach_offload_hooks(model, policy) first"
+            f"attach_offload_hooks(model, policy) first{or_else}"
         )
     if session.model is not model:
         raise RuntimeError(
@@ -274,8 +337,8 @@ def _check_model(model: nn.Module) -> None:
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 f"{name or type(model).__name__} was compiled in place "
-                "(module.compile()), and hooks do not run around compiled calls. "
-                "Attach before compiling is not supported either; use the eager model"
+                "(module.compile()), and hooks that come later may not run around "
+                "compiled calls. Attach first, and compile after that"
             )
 
 

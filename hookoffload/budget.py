@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 from decimal import ROUND_CEILING, Decimal
 
 GIB = 2**30
@@ -50,14 +51,14 @@ def format_gib_up(nbytes: int) -> str:
 
     Returns:
         A plain decimal number of GiB, without its unit: three decimals, or as many as
-        give two digits that count.
+        give three digits that count if it is under a hundredth.
 
     Example:
         >>> format_gib_up(2**30 + 1), format_gib_up(1500)
-        ('1.001', '0.0000014')
+        ('1.001', '0.00000140')
     """
     gib = Decimal(nbytes) / GIB
-    decimals = max(3, 1 - gib.adjusted()) if nbytes else 3
+    decimals = 2 - gib.adjusted() if 0 < gib < Decimal("0.01") else 3
     return f"{gib.quantize(Decimal(1).scaleb(-decimals), rounding=ROUND_CEILING):f}"
 
 
@@ -99,7 +100,15 @@ class MemoryBudget:
         (False, {'window': 536870912})
     """
 
-    __slots__ = ("_at_peak", "_by_kind", "_limit_bytes", "_lock", "_peak", "_used")
+    __slots__ = (
+        "_at_peak",
+        "_by_kind",
+        "_limit_bytes",
+        "_lock",
+        "_peak",
+        "_used",
+        "_watcher",
+    )
 
     def __init__(self, limit_bytes: int | None) -> None:
         """Starts with nothing reserved.
@@ -116,6 +125,16 @@ class MemoryBudget:
         self._used = 0
         self._peak = 0
         self._at_peak: dict[str, int] = {}
+        self._watcher: Callable[[Mapping[str, int]], None] | None = None
+
+    def watch(self, watcher: Callable[[Mapping[str, int]], None]) -> None:
+        """Has every change told to somebody.
+
+        Args:
+            watcher: Called with the bytes by kind, which it must copy to keep, under
+                the lock: it must not ask the budget for anything that takes it.
+        """
+        self._watcher = watcher
 
     def reserve(self, kind: str, nbytes: int, what: str = "") -> None:
         """Takes bytes from the budget, or raises and takes nothing.
@@ -139,6 +158,8 @@ class MemoryBudget:
             if self._used > self._peak:
                 self._peak = self._used
                 self._at_peak = dict(self._by_kind)
+            if self._watcher is not None:
+                self._watcher(self._by_kind)
 
     def release(self, kind: str, nbytes: int) -> None:
         """Gives bytes back.
@@ -160,6 +181,8 @@ class MemoryBudget:
                 self._by_kind[kind] = left
             else:
                 self._by_kind.pop(kind, None)
+            if self._watcher is not None:
+                self._watcher(self._by_kind)
 
     def fits(self, nbytes: int) -> bool:
         """Says whether that many bytes could be reserved now.

@@ -4,6 +4,14 @@
 The first hooked module that a thread calls makes that thread the owner; every hooked
 call nested in it counts one level; the last post hook gives the model back. Another
 thread waits at its first pre hook, so two threads that call one model take turns.
+Saving, loading and what a program does to a model by hand (`detach`, `offload`) own it
+in the same way.
+
+A forward may have threads of its own call its children, and wait for them. Then the
+owner sits in one of the standard library's waits, called from code that is not this
+library's, so it is between two hooks and nothing of the session is half done. The
+waiting thread becomes a guest: it owns the model one level deeper until it has come
+out of the call, and the owner, should it wake up before, waits at its next hook.
 
 PyTorch runs ``always_call`` hooks when a forward ends with an ``Exception``. Ctrl-C is
 not one: the post hooks never run and the count stays behind. Nothing in the hooks can
@@ -14,41 +22,50 @@ look odd (a module that seems to be inside itself, an owner that others wait for
 
 from __future__ import annotations
 
+import concurrent.futures
+import logging
+import multiprocessing.pool
+import queue
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 
 from torch import nn
 from torch.nn.utils import stateless
 
+logger = logging.getLogger(__name__)
+
 _CALL_CODE = nn.Module._call_impl.__code__
 _FUNCTIONAL_CODE = stateless._functional_call.__code__
+_STATE_CODES = frozenset(
+    {nn.Module.state_dict.__code__, nn.Module.load_state_dict.__code__}
+)
+
+# Where a thread waits for another one; and whose waits are none of the model's.
+_WAITS = (
+    threading.__file__,
+    queue.__file__,
+    str(Path(concurrent.futures.__file__).parent),
+    str(Path(multiprocessing.pool.__file__).parent),
+)
+_OURS = str(Path(__file__).parent)
+
+_LOOK_SECONDS = 0.01  # how often a waiting thread looks what the owner does
+_LOOKS_BEFORE_WARNING = 3000
 
 
 def in_functional_call() -> bool:
     """Tell whether ``torch.func.functional_call`` has lent a model other tensors."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _FUNCTIONAL_CODE:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return any(frame.f_code is _FUNCTIONAL_CODE for frame in _frames(None))
 
 
 def calls_under_way(thread: int | None = None) -> Iterator[nn.Module]:
     """Yield the modules that a thread is calling, innermost first."""
-    if thread is None:
-        frame = sys._getframe(1)
-    else:
-        found = sys._current_frames().get(thread)
-        if found is None:
-            return
-        frame = found
-    current = frame
-    while current is not None:
-        if current.f_code is _CALL_CODE:
-            yield current.f_locals["self"]
-        current = current.f_back  # type: ignore[assignment]
+    for frame in _frames(thread):
+        if frame.f_code is _CALL_CODE:
+            yield frame.f_locals["self"]
 
 
 def count_calls(module: nn.Module) -> int:
@@ -56,53 +73,121 @@ def count_calls(module: nn.Module) -> int:
     return sum(called is module for called in calls_under_way())
 
 
+def in_state_dict(thread: int | None = None) -> bool:
+    """Tell whether a thread is saving or loading a state dict, of whatever module."""
+    return any(frame.f_code in _STATE_CODES for frame in _frames(thread))
+
+
+def _frames(thread: int | None) -> Iterator[FrameType]:
+    """Yield the frames of a thread, innermost first; None is the current one."""
+    if thread is None:
+        frame: FrameType | None = sys._getframe(1)
+    else:
+        frame = sys._current_frames().get(thread)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _waits_for_another(thread: int) -> bool:
+    """Tell whether a thread is in a wait that neither Python nor this library began."""
+    waits = False
+    for frame in _frames(thread):
+        file = frame.f_code.co_filename
+        if not file.startswith(_WAITS):
+            return waits and not file.startswith(_OURS)
+        waits = True
+    return False
+
+
 class CallTracker:
     """Lets one thread at a time into a model; counts the nesting of its calls.
 
     Args:
         modules: ids of the modules whose calls count as being inside the model.
+
+    Attributes:
+        owner: the thread that is inside.
+        depth: how many levels deep.
+        held: whether the owner is inside by hand (`detach`), not by a call.
     """
 
-    __slots__ = ("_free", "_modules", "depth", "owner")
+    __slots__ = ("_free", "_lenders", "_modules", "depth", "held", "owner")
 
     def __init__(self, modules: frozenset[int]) -> None:
         self._modules = modules
         self._free = threading.Condition()
+        self._lenders: list[tuple[int, int]] = []  # owners that wait for guests
         self.owner: int | None = None
         self.depth = 0
+        self.held = False
 
-    def enter(self) -> bool:
+    def enter(self, *, by_hand: bool = False) -> bool:
         """Go one level deeper, waiting until no other thread is inside.
+
+        Args:
+            by_hand: not from a hook: no frame of a call shows that it goes on.
 
         Returns:
             Whether the level was taken over from a thread that was interrupted.
         """
         me = threading.get_ident()
-        if self.owner == me:
-            self.depth += 1
-            return False
         with self._free:
             stale = False
-            while self.owner is not None:
-                if not self._free.wait(timeout=0.2) and not self._owner_is_inside():
-                    stale = self.owner is not None
-                    break
-            self.owner = me
-            self.depth = 1
+            if self.owner != me:
+                stale = self._wait_for_turn(me)
+                self.owner = me
+            self.depth += 1
+            self.held = self.held or by_hand
             return stale
+
+    def _wait_for_turn(self, me: int) -> bool:
+        looks = 0
+        while self.owner is not None and not self._has_lent(me):
+            self._free.wait(timeout=_LOOK_SECONDS)
+            owner = self.owner
+            if owner is None:
+                break
+            if not self._owner_is_inside(owner):
+                self._lenders.clear()
+                self.depth, self.held = 0, False
+                return True
+            if not self.held and _waits_for_another(owner):
+                self._lenders.append((owner, self.depth))
+                break
+            looks += 1
+            if looks == _LOOKS_BEFORE_WARNING:
+                logger.warning(
+                    "this thread has waited %.0f s for another one, which is inside "
+                    "the same model. If that one waits for this one (in something else "
+                    "than threading, queue or concurrent.futures), they wait for ever",
+                    _LOOKS_BEFORE_WARNING * _LOOK_SECONDS,
+                )
+        self._wait_for_guests(me)
+        return False
+
+    def resume(self) -> None:
+        """Wait until the guests of the current thread have left."""
+        me = threading.get_ident()
+        if self.owner != me:
+            with self._free:
+                self._wait_for_guests(me)
 
     def leave(self) -> None:
         """Come one level up; at the top, let the next thread in."""
-        self.depth -= 1
-        if self.depth == 0:
-            self.release()
-
-    def release(self) -> None:
-        """Let the next thread in, whatever the depth."""
         with self._free:
-            self.owner = None
-            self.depth = 0
-            self._free.notify()
+            self.depth -= 1
+            if self._lenders and self.depth == self._lenders[-1][1]:
+                self.owner, self.depth = self._lenders.pop()
+                self._free.notify_all()
+            elif self.depth == 0:
+                self.owner, self.held = None, False
+                self._free.notify_all()
+
+    @property
+    def is_guest(self) -> bool:
+        """Whether the owner is a guest of a thread further out."""
+        return bool(self._lenders)
 
     def knows(self, module: nn.Module) -> bool:
         """Tell whether a call of a module counts as being inside the model."""
@@ -112,6 +197,16 @@ class CallTracker:
         """Tell whether the current thread really is inside the model."""
         return any(id(m) in self._modules for m in calls_under_way())
 
-    def _owner_is_inside(self) -> bool:
-        called = calls_under_way(self.owner)
-        return any(id(module) in self._modules for module in called)
+    def _has_lent(self, me: int) -> bool:
+        return any(lender == me for lender, _ in self._lenders)
+
+    def _wait_for_guests(self, me: int) -> None:
+        while self.owner != me and self._has_lent(me):
+            self._free.wait(timeout=1)
+
+    def _owner_is_inside(self, owner: int) -> bool:
+        if self.held:
+            return any(f.f_code.co_filename.startswith(_OURS) for f in _frames(owner))
+        called = calls_under_way(owner)
+        inside = any(id(module) in self._modules for module in called)
+        return inside or in_state_dict(owner)

@@ -1,18 +1,21 @@
-"""Checkpoints of one or more safetensors files: files, folders, lists and indexes.
+"""Checkpoints of one or more files: files, folders, lists, patterns and indexes.
 
-Nothing here reads a tensor's bytes before somebody asks for them: opening a
-checkpoint reads headers only.
+Nothing here reads a tensor's bytes before somebody asks for them: opening a safetensors
+checkpoint reads headers only. A binary one has to be converted first.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path, PureWindowsPath
 
+from .binary_checkpoint import open_binary
+from .conversion_cache import ConversionCache
 from .safetensors_file import (
     PICKLED,
     CheckpointFile,
@@ -23,21 +26,33 @@ from .safetensors_file import (
 from .safetensors_header import DAMAGED, CheckpointError
 
 _INDEX_SUFFIX = ".safetensors.index.json"
+_BINARY_INDEX_SUFFIX = ".bin.index.json"
 _PREFERRED_INDEXES = (
     "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors.index.json",
+)
+# Other binary files of a folder are optimizers, schedulers and training arguments.
+_PREFERRED_BINARIES = (
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
 )
 
 
 def open_checkpoint(
     checkpoint: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    cache: ConversionCache | None = None,
 ) -> dict[str, TensorLocation]:
-    """Opens a safetensors checkpoint and says where each of its tensors lies.
+    """Opens a checkpoint and says where each of its tensors lies.
 
     Args:
-        checkpoint: One safetensors file; a list of them, where a later file wins on a
-            name that several have; an index (`*.safetensors.index.json`); or a folder
-            with an index or with exactly one safetensors file.
+        checkpoint: One file; a list of them, where a later file wins on a name that
+            several have; a pattern such as `folder/*.safetensors`, which stands for
+            the sorted list of the files that it fits; an index
+            (`*.safetensors.index.json`); or a folder with an index or with exactly one
+            safetensors file, or else with binary ones.
+        cache: Where binary files are converted to; None refuses them.
 
     Returns:
         The location of each tensor by name. The files stay open as long as the
@@ -59,10 +74,12 @@ def open_checkpoint(
     """
     if isinstance(checkpoint, (str, os.PathLike)):
         path = Path(checkpoint)
-        index = _index_in(path) if os.path.isdir(path) else path
-        if index.name.endswith(_INDEX_SUFFIX):
-            return _open_indexed(index)
-        paths = [index]
+        paths = _fitting(os.fspath(checkpoint))
+        if not paths:
+            index = _index_in(path) if os.path.isdir(path) else path
+            if index.name.endswith((_INDEX_SUFFIX, _BINARY_INDEX_SUFFIX)):
+                return _open_indexed(index, cache)
+            paths = [index]
     else:
         try:
             paths = [Path(path) for path in checkpoint]
@@ -76,25 +93,47 @@ def open_checkpoint(
             )
     with ExitStack() as opened:
         found: dict[str, TensorLocation] = {}
-        files = [_open_in(opened, path) for path in paths]
-        for file in files:
-            found.update(file.tensors)
-        needed = {location.file for location in found.values()}
-        for file in files:
-            if file not in needed:
-                file.close()
+        files: set[CheckpointFile] = set()
+        for path in paths:
+            tensors = _open_in(opened, path, cache)
+            files |= {location.file for location in tensors.values()}
+            found.update(tensors)
+        for file in files - {location.file for location in found.values()}:
+            file.close()
         opened.pop_all()
     return found
 
 
-def _open_in(opened: ExitStack, path: Path) -> CheckpointFile:
+def _fitting(pattern: str) -> list[Path]:
+    """Returns the files that a pattern fits; none if it is the path of something."""
+    if not glob.has_magic(pattern) or os.path.lexists(pattern):
+        return []
+    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    if not paths:
+        raise CheckpointError(
+            f"{pattern}: no file fits this pattern. Check the folder and the pattern."
+        )
+    return paths
+
+
+def _open_in(
+    opened: ExitStack, path: Path, cache: ConversionCache | None
+) -> Mapping[str, TensorLocation]:
+    """Opens one file; what it holds is closed again if a later one fails."""
+    if cache is not None and path.suffix.lower() in PICKLED:
+        tensors = open_binary(path, cache)
+        for file in {location.file for location in tensors.values()}:
+            opened.callback(file.close)
+        return tensors
     file = CheckpointFile(path)
     opened.callback(file.close)
-    return file
+    if not file.tensors:
+        file.close()
+    return file.tensors
 
 
 def _index_in(folder: Path) -> Path:
-    """Returns the index of a folder, or its only safetensors file."""
+    """Returns the index of a folder, or its only file, safetensors before binary."""
     names = names_in(folder)
     indexes = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     for preferred in _PREFERRED_INDEXES:
@@ -116,12 +155,16 @@ def _index_in(folder: Path) -> Path:
             f"{_shortened(files)}. Pass the file to load, or a list of files, where a "
             "later one wins on names that several have."
         )
+    for preferred in _PREFERRED_BINARIES:
+        if preferred in names:
+            return folder / preferred
+    binaries = [name for name in names if Path(name).suffix.lower() in PICKLED]
+    if len(binaries) == 1:
+        return folder / binaries[0]
     held = _shortened(names) if names else "nothing"
-    pickled = any(Path(name).suffix.lower() in PICKLED for name in names)
     advice = (
-        "Convert the others with torch.load(weights_only=True) and "
-        "safetensors.torch.save_file."
-        if pickled
+        "Pass the one to load."
+        if binaries
         else "Pass the folder that has the .safetensors files."
     )
     raise CheckpointError(
@@ -134,10 +177,12 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(names[:12]) + more
 
 
-def _open_indexed(index: Path) -> dict[str, TensorLocation]:
+def _open_indexed(
+    index: Path, cache: ConversionCache | None
+) -> dict[str, TensorLocation]:
     weight_map = _read_weight_map(index)
     with ExitStack() as opened:
-        shards: dict[str, CheckpointFile] = {}
+        shards: dict[str, Mapping[str, TensorLocation]] = {}
         for name, shard in weight_map.items():
             if shard in shards:
                 continue
@@ -147,17 +192,21 @@ def _open_indexed(index: Path) -> dict[str, TensorLocation]:
                     f"{index}: names the shard {shard} (tensor {name!r}), which "
                     f"{explain_missing(path)}"
                 )
-            shards[shard] = _open_in(opened, path)
+            shards[shard] = _open_in(opened, path, cache)
         found = {}
         for name, shard in weight_map.items():
-            if name not in shards[shard].tensors:
-                others = [other for other in shards if name in shards[other].tensors]
+            if name not in shards[shard]:
+                others = [other for other in shards if name in shards[other]]
                 raise CheckpointError(
                     f"{index}: says that tensor {name!r} is in {shard}, which does not "
                     f"have it; it is in {' and '.join(others) or 'no other shard'}. "
                     "Index and shards are of different versions: fetch them again."
                 )
-            found[name] = shards[shard].tensors[name]
+            found[name] = shards[shard][name]
+        needed = {location.file for location in found.values()}
+        for tensors in shards.values():
+            for file in {location.file for location in tensors.values()} - needed:
+                file.close()
         opened.pop_all()
     return found
 

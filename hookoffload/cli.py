@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
+from .commands import COMMANDS
 from .demo import emit, run_demo
 from .demo_trial import EXPECTED_ERRORS, one_line
 
@@ -42,12 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command is None:
             emit(parser.format_help().rstrip())
             return 0
-        same = run_demo(
-            size_gb=options.size_gb,
-            limit_gb=options.limit_gb,
-            cache_dir=options.cache_dir,
-            device=options.device,
-        )
+        status: int = options.run(options)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -57,16 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         sys.stderr.write(f"{parser.prog}: {one_line(error)}\n")
         return FAILED
-    return 0 if same else DIFFERENT
+    return status
 
 
 def _make_parser() -> _Parser:
     parser = _Parser(
         prog="hookoffload",
         description="Runs PyTorch models in less memory than their weights take.",
+        epilog=(
+            "Sizes are in GiB (2**30 bytes). Exit status: 0; 1 if the demo's outputs "
+            "differ; 2 after an error, which is one line on the standard error."
+        ),
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_demo(commands)
+    for add_command in COMMANDS:
+        add_command(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
     demo = commands.add_parser(
         "demo",
         help="run a transformer plain and under a limit, and compare",
@@ -103,7 +110,17 @@ def _make_parser() -> _Parser:
             "~/.cache/hookoffload)"
         ),
     )
-    return parser
+    demo.set_defaults(run=_run_demo)
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    same = run_demo(
+        size_gb=options.size_gb,
+        limit_gb=options.limit_gb,
+        cache_dir=options.cache_dir,
+        device=options.device,
+    )
+    return 0 if same else DIFFERENT
 
 
 def _version() -> str:

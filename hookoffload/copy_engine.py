@@ -39,11 +39,15 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from .profiler_ranges import profiler_range
 from .store import Master
+
+if TYPE_CHECKING:
+    from .entries import CopyEntry
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,16 @@ class Copy:
         after: tokens that must be waited for before the first byte is written.
     """
 
-    __slots__ = ("after", "error", "name", "nbytes", "pieces", "queued", "ready")
+    __slots__ = (
+        "after",
+        "entry",
+        "error",
+        "name",
+        "nbytes",
+        "pieces",
+        "queued",
+        "ready",
+    )
 
     def __init__(
         self,
@@ -76,6 +89,7 @@ class Copy:
         self.ready: torch.Event | None = None
         self.queued = threading.Event()
         self.error: BaseException | None = None
+        self.entry: CopyEntry | None = None  # only while a recorder notes copies
 
 
 class CopyEngine(Protocol):
@@ -184,7 +198,10 @@ class HostCopyEngine:
         if not copy.queued.is_set():
             began = time.perf_counter()
             self._worker.wait(copy)
-            self._stalled += time.perf_counter() - began
+            ended = time.perf_counter()
+            self._stalled += ended - began
+            if copy.entry is not None:
+                copy.entry.stall(began, ended)
         if copy.error is not None:
             raise copy.error
 
@@ -216,8 +233,21 @@ class HostCopyEngine:
 
 
 def _read(copy: Copy) -> None:
+    if copy.entry is not None:
+        copy.entry.begin()
     for master, destination in copy.pieces:
-        master.read_into(destination)
+        _read_into(copy, master, destination)
+    if copy.entry is not None:
+        copy.entry.end()
+
+
+def _read_into(
+    copy: Copy, master: Master, destination: torch.Tensor, start: int = 0
+) -> None:
+    began = time.perf_counter()
+    master.read_into(destination, start)
+    if copy.entry is not None and not master.in_ram:
+        copy.entry.read(began, destination.numel())
 
 
 class StreamCopyEngine:
@@ -244,7 +274,10 @@ class StreamCopyEngine:
         if not copy.queued.is_set():
             began = time.perf_counter()
             self._worker.wait(copy)
-            self._stalled += time.perf_counter() - began
+            ended = time.perf_counter()
+            self._stalled += ended - began
+            if copy.entry is not None:
+                copy.entry.stall(began, ended)
         if copy.error is not None:
             raise copy.error
         ready = copy.ready
@@ -257,6 +290,8 @@ class StreamCopyEngine:
         ready.wait(stream)
         after.record(stream)
         self._waits.append((before, after))
+        if copy.entry is not None:
+            copy.entry.stall(before, after)
         while len(self._waits) > 1 and self._waits[0][1].query():
             self._add_stall()
 
@@ -331,9 +366,13 @@ def _queue_copies(stream: torch.Stream, copy: Copy) -> None:
     for token in copy.after:
         assert isinstance(token, torch.Event)
         token.wait(stream)
-    with _current(stream):
+    if copy.entry is not None:
+        copy.entry.begin(stream)
+    with _current(stream), profiler_range("copy", copy.name):
         for master, destination in copy.pieces:
             destination.copy_(master.flat.view(torch.uint8), non_blocking=True)
+    if copy.entry is not None:
+        copy.entry.end(stream)
     ready = torch.Event(stream.device)
     ready.record(stream)
     copy.ready = ready
@@ -351,20 +390,32 @@ class _StagedCopy:
         for token in copy.after:
             assert isinstance(token, torch.Event)
             token.wait(self._stream)
-        with torch.inference_mode(False), _current(self._stream):
+        if copy.entry is not None:
+            copy.entry.begin(self._stream)
+        with (
+            torch.inference_mode(False),
+            _current(self._stream),
+            profiler_range("copy", copy.name),
+        ):
             for master, destination in copy.pieces:
-                self._bring(master, destination)
+                self._bring(copy, master, destination)
+        if copy.entry is not None:
+            copy.entry.end(self._stream)
         ready = torch.Event(self._device)
         ready.record(self._stream)
         copy.ready = ready
 
-    def _bring(self, master: Master, destination: torch.Tensor) -> None:
+    def _bring(self, copy: Copy, master: Master, destination: torch.Tensor) -> None:
         total = destination.numel()
         for start in range(0, total, STAGING_BYTES):
             size = min(STAGING_BYTES, total - start)
             buffer = self._next_buffer()
-            master.read_into(buffer[:size], start)
+            _read_into(copy, master, buffer[:size], start)
+            if copy.entry is not None:
+                copy.entry.begin_move(self._stream)
             destination[start : start + size].copy_(buffer[:size], non_blocking=True)
+            if copy.entry is not None:
+                copy.entry.end_move(self._stream, size)
             event = torch.Event(self._device)
             event.record(self._stream)
             self._buffers.append((buffer, event))

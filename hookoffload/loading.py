@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from .attach import _attach
 from .checkpoint import open_checkpoint
+from .conversion_cache import ConversionCache
+from .converting import Converter, Locations, convert
+from .model_building import build_empty
 from .policy import OffloadPolicy
-from .progress import progress_bar
-from .safetensors_file import TensorLocation
+from .progress import progress_shown
+from .readers import Read, empty_in_ram, read_tensors
+from .safetensors_file import CheckpointFile, TensorLocation
 from .safetensors_header import CheckpointError
 
-logger = logging.getLogger(__name__)
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-Converter = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 _NAMES_SHOWN = 8
 
@@ -35,31 +36,53 @@ def load_model(
     *,
     config: Any = None,
     state_dict_converter: Converter | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
 ) -> ModuleT:
     """Build a model without initialising it, give it a checkpoint, attach the hooks.
 
     With weights offloaded to disk (``store="disk"``) the files stay where the weights
     are, and a layer's bytes are read when the layer needs them. Otherwise they are
-    read once, into host RAM. Tensors keep the dtype that the files have.
+    read once, by several threads, into the host RAM where they stay. Tensors keep the
+    dtype that the files have; where the policy's ``storage_dtype`` is another one, they
+    are cast as they are read into RAM.
+
+    What has to be computed before it can be read (a converter that does more than
+    rename, a binary checkpoint) is computed once, whatever the store, and kept as
+    safetensors in a cache folder, where the next load finds it. An entry is known by
+    the paths, sizes and times of the files, and by what the converter does: its code,
+    its closure, and the functions and values that it uses of its module. Of another
+    module only the file counts, not what that file imports. Entries are never removed:
+    delete the folder, or entries of it, when you need the room. The log says at level
+    INFO where they are.
 
     Args:
-        model_class_or_factory: called to make the model.
-        checkpoint: a safetensors file, several (a later one wins), or a folder with
-            an index.
+        model_class_or_factory: called to make the model. A model class of transformers
+            or diffusers, if `config` is None and the checkpoint is a folder with a
+            config.json, is configured by that.
+        checkpoint: a file, several (a later one wins), a pattern such as
+            ``"folder/*.safetensors"``, an index, or a folder with an index. Files that
+            `torch.save` made (.bin, .pth, .pt, .ckpt) are converted first; those that
+            would run code are refused.
         policy: as for `attach_offload_hooks`.
         config: None calls the factory without arguments, a mapping with these
             keyword arguments, anything else (a transformers config) with this one.
         state_dict_converter: from the checkpoint's names and tensors to the model's.
-            If it only renames and drops, the files are still read in place; what it
-            computes is computed now and kept in RAM, or in a file of its own under
-            ``disk_dir``.
+            If it only renames, drops, and takes parts that are contiguous, the files
+            are still read in place. It is called once with tensors that have no values;
+            only if it needs values it is called again, with all of them, and what it
+            computes has to fit RAM.
+        cache_dir: the cache folder; default: ``hookoffload/converted`` in the user's
+            cache directory. If it cannot be written, what is computed goes to a
+            temporary folder.
+        progress: show bars for what takes longer than a second.
 
     Returns:
         The model, attached and in eval mode.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or its tensors are not those of
-            the model.
+        CheckpointError: A file is missing, damaged or not safe to load, its tensors
+            are not those of the model, or the disk of the cache folder is full.
         ValueError: The policy does not fit this model or machine.
         BudgetExceededError: The limit is below the least that the model needs.
 
@@ -79,110 +102,37 @@ def load_model(
     """
     policy = policy or OffloadPolicy()
     on_disk = policy.resolve().offload.on_disk
-    values = _Values(open_checkpoint(checkpoint))
-    try:
+    cache = ConversionCache(cache_dir)
+    with ExitStack() as opened, progress_shown(progress):
+        locations = open_checkpoint(checkpoint, cache)
+        _close_later(opened, locations)
         if state_dict_converter is not None:
-            values = values.converted(state_dict_converter)
-        with init_empty_weights(include_buffers=False):
-            model = _build(model_class_or_factory, config)
-        model.eval()
+            locations = convert(locations, state_dict_converter, cache)
+            _close_later(opened, locations)
+        model = build_empty(model_class_or_factory, config, checkpoint)
         slots = _slots(model)
-        _check_names_and_shapes(slots, values, checkpoint)
-        locations = _assign(slots, values, on_disk=on_disk)
-        return _attach(model, policy, locations)
-    except BaseException:
-        values.close()
-        raise
+        _check_names_and_shapes(slots, locations, checkpoint)
+        stay = _assign(slots, locations, apart=on_disk)
+        _close_later(opened, stay)
+        _attach(model, policy, stay)
+        if on_disk:
+            opened.pop_all()
+            _close_unused(locations, stay)
+        # In RAM they have no place in a file any more, nor have those that the user
+        # registers later under the same names.
+        stay.clear()
+        return model
 
 
-def _build(factory: Callable[..., ModuleT], config: Any) -> ModuleT:
-    if config is None:
-        model = factory()
-    elif isinstance(config, Mapping):
-        model = factory(**config)
-    else:
-        model = factory(config)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"{getattr(factory, '__name__', factory)!r} returned a "
-            f"{type(model).__name__}, not a torch.nn.Module"
-        )
-    return model
+def _close_later(opened: ExitStack, locations: Locations) -> None:
+    for file in {location.file for location in locations.values()}:
+        opened.callback(file.close)
 
 
-class _Values:
-    """The checkpoint's tensors by the model's names: in their files, or computed."""
-
-    def __init__(
-        self,
-        locations: dict[str, TensorLocation],
-        computed: dict[str, torch.Tensor] | None = None,
-        files: Iterable[Any] = (),
-    ) -> None:
-        self.locations = locations
-        self.computed = computed or {}
-        self.files = {*files, *(location.file for location in locations.values())}
-
-    def names(self) -> set[str]:
-        return self.locations.keys() | self.computed.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name in self.locations:
-            return self.locations[name].shape
-        return tuple(self.computed[name].shape)
-
-    def converted(self, converter: Converter) -> _Values:
-        """Apply a converter: to stand-ins if it only renames, else to the tensors."""
-        stand_ins = {
-            name: torch.empty(location.shape, dtype=location.dtype, device="meta")
-            for name, location in self.locations.items()
-        }
-        named = {id(tensor): name for name, tensor in stand_ins.items()}
-        try:
-            result = _checked(converter(dict(stand_ins)))
-            if all(id(tensor) in named for tensor in result.values()):
-                renamed = {
-                    new: self.locations[named[id(tensor)]]
-                    for new, tensor in result.items()
-                }
-                return _Values(renamed, files=self.files)
-        except Exception as error:
-            # It reads values: stand-ins have none.
-            logger.debug("the converter does not run on stand-ins: %s", error)
-        tensors = {name: at.file.mapped(at) for name, at in self.locations.items()}
-        named = {id(tensor): name for name, tensor in tensors.items()}
-        result = _checked(converter(dict(tensors)))
-        kept = {
-            new: self.locations[named[id(tensor)]]
-            for new, tensor in result.items()
-            if id(tensor) in named
-        }
-        computed = {
-            new: tensor.contiguous().clone()
-            for new, tensor in result.items()
-            if id(tensor) not in named
-        }
-        return _Values(kept, computed, self.files)
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
-
-
-def _checked(converted: object) -> dict[str, torch.Tensor]:
-    """Return what a converter returned, if it is names and tensors."""
-    if not isinstance(converted, Mapping):
-        raise ValueError(
-            f"state_dict_converter returned a {type(converted).__name__}; it must "
-            "return a mapping of names to tensors"
-        )
-    for name, tensor in converted.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(
-                f"state_dict_converter returned a {type(tensor).__name__} for "
-                f"{name!r}; it must return a mapping of names to tensors"
-            )
-    return dict(converted)
+def _close_unused(locations: Locations, stay: Locations) -> None:
+    used = {location.file for location in stay.values()}
+    for file in {location.file for location in locations.values()} - used:
+        file.close()
 
 
 @dataclass
@@ -223,18 +173,18 @@ def _slots(model: nn.Module) -> list[_Slot]:
 
 
 def _check_names_and_shapes(
-    slots: list[_Slot], values: _Values, checkpoint: object
+    slots: list[_Slot], locations: Locations, checkpoint: object
 ) -> None:
-    have = values.names()
+    have = set(locations)
     known = {name for slot in slots for name in slot.names}
     missing = [s.names[0] for s in slots if not have.intersection(s.names)]
     extra = sorted(have - known)
     misshapen = [
-        f"{name} has shape {values.shape(name)}, the model needs "
+        f"{name} has shape {locations[name].shape}, the model needs "
         f"{tuple(slot.tensor.shape)}"
         for slot in slots
         for name in slot.names
-        if name in have and values.shape(name) != tuple(slot.tensor.shape)
+        if name in have and locations[name].shape != tuple(slot.tensor.shape)
     ]
     problems = []
     if missing:
@@ -256,38 +206,63 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _assign(
-    slots: list[_Slot], values: _Values, *, on_disk: bool
-) -> dict[str, TensorLocation]:
+def _assign(slots: list[_Slot], locations: Locations, *, apart: bool) -> Locations:
     """Register tensors with values in place of those without.
 
+    Buffers are read. Parameters are maps of their files, from which the store reads
+    them when it takes them over, or whenever a layer needs them.
+
+    Args:
+        slots: the model's tensors.
+        locations: the checkpoint's.
+        apart: whether the maps stay, so that no two of them may share bytes.
+
     Returns:
-        Where the bytes of parameters lie that were not read.
+        Where the bytes of parameters lie.
     """
-    stay: dict[str, TensorLocation] = {}
-    total = sum(location.nbytes for location in values.locations.values())
-    used: dict[object, int] = defaultdict(int)
-    with progress_bar("reading weights", 0 if on_disk else total) as bar:
-        for slot in slots:
-            name = next(n for n in slot.names if n in values.names())
-            is_parameter = isinstance(slot.tensor, nn.Parameter)
-            location = values.locations.get(name)
-            if location is None:
-                tensor = values.computed[name]
-            elif on_disk and is_parameter:
-                tensor = location.file.mapped(location)
-                stay[slot.names[0]] = location
-                used[location.file] += 1
-            else:
-                tensor = torch.empty(location.shape, dtype=location.dtype)
-                location.file.read_into(location, tensor)
-                bar.update(location.nbytes)
-            if is_parameter:
-                learns = slot.tensor.requires_grad and tensor.is_floating_point()
-                tensor = nn.Parameter(tensor, requires_grad=learns)
-            for registry, key in slot.places:
-                registry[key] = tensor
-    for file in values.files:
-        if not used[file]:
-            file.close()
+    stay: Locations = {}
+    reads: list[Read] = []
+    maps = _Maps()
+    for slot in slots:
+        location = next(locations[n] for n in slot.names if n in locations)
+        if isinstance(slot.tensor, nn.Parameter):
+            location = maps.own(location) if apart else location
+            mapped = location.file.mapped(location)
+            learns = slot.tensor.requires_grad and mapped.is_floating_point()
+            tensor: torch.Tensor = nn.Parameter(mapped, requires_grad=learns)
+            stay[slot.names[0]] = location
+        else:
+            tensor = empty_in_ram(location.shape, location.dtype)
+            reads.append((location, tensor))
+        for registry, key in slot.places:
+            registry[key] = tensor
+    read_tensors(reads)
     return stay
+
+
+class _Maps:
+    """Gives each tensor bytes of its own, where a converter gave the same to several.
+
+    What is written to a map is seen through every map of the same open file; another
+    tensor with the same bytes lies in a map of the file opened again.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[object, list[TensorLocation]] = defaultdict(list)
+        self._again: dict[tuple[CheckpointFile, int], CheckpointFile] = {}
+
+    def own(self, location: TensorLocation) -> TensorLocation:
+        turn, file = 0, location.file
+        while any(
+            other.offset < location.offset + location.nbytes
+            and location.offset < other.offset + other.nbytes
+            for other in self._taken[file, location.name, turn]
+        ):
+            turn += 1
+        self._taken[file, location.name, turn].append(location)
+        if turn == 0:
+            return location
+        if (file, turn) not in self._again:
+            self._again[file, turn] = CheckpointFile(file.path)
+            file.check_unchanged()
+        return replace(location, file=self._again[file, turn])

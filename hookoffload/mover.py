@@ -13,6 +13,8 @@ from .device_memory import ALIGNMENT, Block, DeviceMemory, align
 from .layer import Layer, resident_dtype
 from .order import ExecutionOrder
 from .planner import Plan
+from .profiler_ranges import LayerRanges, profiler_range
+from .recorder import Recorder
 from .ring import Region, RegionRing, RegionStack
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class LayerMover:
         self.layers: Sequence[Layer] = ()
         self.order = ExecutionOrder(())
         self.plan: Plan | None = None
+        self.recorder: Recorder | None = None
+        self._ranges = LayerRanges()
         self._poison = poison
         # The window: layers pass through the ring, first in first out; those during
         # whose forward others pass have the stack.
@@ -150,14 +154,20 @@ class LayerMover:
 
     # -- bind and release -----------------------------------------------------------
 
-    def bind(self, layer: Layer) -> None:
-        """Make a layer usable by what the current stream computes from now on."""
+    def bind(self, layer: Layer, *, aside: bool = False) -> None:
+        """Make a layer usable by what the current stream computes from now on.
+
+        Args:
+            layer: the layer.
+            aside: it may stay bound for long while others come and go: it gets memory
+                of its own if the limit allows, so that it does not cut up the window.
+        """
         if layer.bound:
             layer.bound += 1
             return
         self.order.visit(layer.index)
         if not layer.stays_bound and layer.pieces:
-            self._bring(layer)
+            self._bring(layer, aside=aside)
             self._push_scratch(layer)
             if torch.is_inference_mode_enabled():
                 # Views made inside it would take their versions from the tensors.
@@ -166,10 +176,17 @@ class LayerMover:
             else:
                 layer.bind(self._region_block(layer))
         layer.bound = 1
+        self._ranges.begin(layer.name)
+        if self.recorder is not None:
+            self.recorder.bound(layer.name)
 
     def release(self, layer: Layer) -> None:
         """Undo one `bind`; at the last, swap back to the masters and go on copying."""
         layer.bound -= 1
+        if not layer.bound:
+            self._ranges.end(layer.name)
+            if self.recorder is not None:
+                self.recorder.released(layer.name)
         if layer.bound or layer.stays_bound or not layer.pieces:
             return
         if layer.resident is not None and layer.can_stay_bound:
@@ -178,7 +195,7 @@ class LayerMover:
             self._unbind(layer)
         self.prefetch()
 
-    def _bring(self, layer: Layer) -> None:
+    def _bring(self, layer: Layer, *, aside: bool) -> None:
         """Have the layer's bytes in its region or residence, current and ready."""
         revision = layer.revision()
         current = layer.copied_revision == revision
@@ -188,9 +205,13 @@ class LayerMover:
             self._cancel(layer)  # edited at rest after the copy had begun
         if layer.copy is None:
             self.counters.misses += bool(layer.stream_bytes)
-            self._start(layer, now=True)
+            if self.recorder is not None and layer.stream_bytes:
+                self.recorder.looked_for(layer.name, hit=False)
+            self._start(layer, now=True, aside=aside)
         else:
             self.counters.hits += 1
+            if self.recorder is not None:
+                self.recorder.looked_for(layer.name, hit=True)
         if layer.copy is not None:
             self._finish(layer)
         if layer.resident is not None and not layer.copies_into_residence:
@@ -202,21 +223,25 @@ class LayerMover:
         copy = layer.copy
         assert copy is not None
         try:
-            self.engine.wait(copy)
+            with profiler_range("wait", layer.name):
+                self.engine.wait(copy)
         except BaseException:
             self._cancel(layer)
             raise
         self.counters.bytes_moved += copy.nbytes
+        if self.recorder is not None:
+            self.recorder.copied(layer.name, copy.nbytes)
         if layer.resident is not None and layer.region is None:
             self._under_way -= copy.nbytes
         layer.copy = None
 
-    def _start(self, layer: Layer, *, now: bool) -> bool:
+    def _start(self, layer: Layer, *, now: bool, aside: bool = False) -> bool:
         """Begin to copy a layer.
 
         Args:
             layer: at rest, nothing under way.
             now: it is needed at once: make room, whatever else must go.
+            aside: see `bind`.
 
         Returns:
             Whether it was begun; False only if there was no room.
@@ -231,7 +256,7 @@ class LayerMover:
             layer.copied_revision = revision
             return True  # the compute device reads it where it rests, and casts
         else:
-            found = self._room(layer, now=now)
+            found = self._room(layer, now=now, aside=aside)
             if found is None:
                 return False
             tokens = found
@@ -247,17 +272,22 @@ class LayerMover:
             ],
             tokens,
         )
+        if self.recorder is not None:
+            copy.entry = self.recorder.copy_queued(layer.name, copy.nbytes)
         # Started first: nothing waits for a copy that an interrupt kept from starting.
         self.engine.start(copy)
         layer.copy = copy
         layer.copied_revision = revision
         return True
 
-    def _room(self, layer: Layer, *, now: bool) -> tuple[object, ...] | None:
+    def _room(
+        self, layer: Layer, *, now: bool, aside: bool
+    ) -> tuple[object, ...] | None:
         """Give the layer a region; None if there is none and it can wait."""
         home = self._stack if layer.held else self._ring
         size = layer.stream_bytes
-        fits = size <= home.capacity
+        aside = aside and self.memory.budget.fits(align(size))
+        fits = size <= home.capacity and not aside
         found = _take(home, size) if fits else None
         if found is None and not now:
             return None
@@ -437,6 +467,7 @@ class LayerMover:
         bound at that moment counts as released.
         """
         self.plan = None  # first: what an interrupt leaves half done is done again
+        self._ranges.forget()
         self.engine.drain()
         for layer in self.layers:
             if layer.copy is not None:

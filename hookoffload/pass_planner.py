@@ -45,6 +45,7 @@ class PassPlanner:
         self._activations: int | None = None  # measured, bytes
         self._held: int = 0  # bytes of other code when they were measured
         self._size = -1  # input elements of the largest pass so far
+        self._adapter_bytes = 0
         self._measuring = False
         self._warned = False
         self._ceiling: int | None = None  # what was found to fit, below the limit
@@ -135,6 +136,20 @@ class PassPlanner:
             raise
         self._warned = False
 
+    def set_adapter_bytes(self, nbytes: int) -> None:
+        """Plan beside so many bytes of adapters, which are always on the device.
+
+        Raises:
+            BudgetExceededError: The limit has no room for them; the old plan stands.
+        """
+        before = self._adapter_bytes
+        self._adapter_bytes = nbytes
+        try:
+            self.plan = self.make(self._activations or 0)
+        except BudgetExceededError:
+            self._adapter_bytes = before
+            raise
+
     def step_down(self, taken: int) -> bool:
         """Plan for less, because the device ran out of memory.
 
@@ -210,7 +225,7 @@ class PassPlanner:
             order=[index for index in self._order if index in used],
             chains=[tuple(i for i in c if i in used) for c in assembly.chains],
             limit_bytes=None if on_device else self._limit,
-            always_bytes=assembly.always_bytes,
+            always_bytes=self._always_bytes(assembly),
             activation_bytes=activations,
             keep_residents=keep_residents,
         )
@@ -221,10 +236,12 @@ class PassPlanner:
         limit = self._limit
         return limit is None or self._whole_bytes(assembly) + activations <= limit
 
-    @staticmethod
-    def _whole_bytes(assembly: Assembly) -> int:
+    def _whole_bytes(self, assembly: Assembly) -> int:
         whole = sum(layer.resident_bytes for layer in assembly.layers)
-        return assembly.always_bytes + whole
+        return self._always_bytes(assembly) + whole
+
+    def _always_bytes(self, assembly: Assembly) -> int:
+        return assembly.always_bytes + self._adapter_bytes
 
     @property
     def _onload_on_device(self) -> bool:

@@ -72,7 +72,7 @@ class PageLock:
         if self._device.type != "cuda" or not waiting:
             return
         total = sum(master.nbytes for master in waiting)
-        cap = (_default_cap() if self._cap is None else self._cap) - self.locked_bytes
+        cap = (default_cap() if self._cap is None else self._cap) - self.locked_bytes
         chosen = _evenly(waiting, min(max(cap, 0) / total, 1.0))
         guests = [master for master in chosen if not _has_own_pages(master.flat)]
         if guests:
@@ -221,28 +221,39 @@ def _unlock(ranges: list[int], held: list[torch.Tensor]) -> None:
     held.clear()
 
 
-def _default_cap() -> int:
+def default_cap() -> int:
     """Return what this process may lock: what it has, and most of what is free.
 
     Locking memory that is in use takes nothing from anybody; it keeps the system from
     swapping it out. A control group's limit counts as the machine's memory.
     """
-    has = _own_memory()
-    cap = has + int(_meminfo("MemAvailable") * _LOCKED_SHARE)
+    cap = _own_memory() + int(available_memory() * _LOCKED_SHARE)
+    group = cgroup_limit()
+    return cap if group is None else min(cap, int(group * _LOCKED_SHARE))
+
+
+def cgroup_limit() -> int | None:
+    """Return the memory that this process's control group may take, in bytes."""
+    limits = []
     for name in _CGROUP_LIMITS:
         try:
             text = Path(name).read_text().strip()
         except OSError:
             continue
         if text.isdigit():
-            cap = min(cap, int(int(text) * _LOCKED_SHARE))
-    return cap
+            limits.append(int(text))
+    return min(limits, default=None)
 
 
 _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
+
+
+def available_memory() -> int:
+    """Return the bytes that can be had without swapping; very many if unknown."""
+    return _meminfo("MemAvailable")
 
 
 def _own_memory() -> int:

@@ -1,10 +1,12 @@
-"""A plan: pure data, and the table that a reader sees."""
+"""A plan: pure data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .budget import format_gib, format_gib_up
+from .cost import CurvePoint, Prediction, Rates, predict
+from .plan_table import format_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,9 @@ class LayerSpec:
         held: Whether other layers can run while it is bound. Its region is then in the
             window's stack and not in its first-in-first-out part.
         can_stay: Whether it may be resident at all.
+        disk_bytes: Bytes that are read from disk each time it is brought in.
+        dtype: What its tensors are, for readers: "BF16", or "F8_E4M3>BF16" for one
+            that is cast. Empty where it does not matter.
     """
 
     name: str
@@ -34,13 +39,21 @@ class LayerSpec:
     transit_bytes: int = 0
     held: bool = False
     can_stay: bool = True
+    disk_bytes: int = 0
+    dtype: str = ""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether forwards read it where it rests, so that nothing of it moves."""
+        return not (self.stream_bytes or self.copy_bytes or self.cast_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """Which layers are resident, how large the window is, and what it costs.
 
-    ``str(plan)`` is a table for readers, in GiB.
+    ``str(plan)`` is a table for readers, in GiB. With rates it says how long a pass
+    will take; without, it names no seconds.
 
     Attributes:
         layers: Every layer of the model; all indices point into it.
@@ -54,6 +67,9 @@ class Plan:
         scratch_bytes: The most that casts take at once, in bytes.
         always_bytes: Bytes that are on the device whatever is planned: buffers.
         activation_bytes: Bytes left free for what the model itself computes.
+        chains: Layers that are bound at the same time at some moment, by index.
+        device: The compute device by name; empty where it does not matter.
+        rates: How fast the machine is, if somebody said so.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -66,6 +82,9 @@ class Plan:
     scratch_bytes: int
     always_bytes: int
     activation_bytes: int
+    chains: tuple[tuple[int, ...], ...] = ()
+    device: str = ""
+    rates: Rates | None = None
 
     @property
     def window_bytes(self) -> int:
@@ -90,96 +109,70 @@ class Plan:
 
     @property
     def pass_bytes(self) -> int:
-        """Bytes that cross the link in one pass."""
-        return sum(
-            self.layers[index].copy_bytes
-            for index in self.order
-            if index not in self.resident
-        )
+        """Bytes that are copied to the compute device in one pass."""
+        return sum(layer.copy_bytes for layer in self._brought_in())
+
+    @property
+    def link_bytes(self) -> int:
+        """Those of `pass_bytes` that cross a link: none where the CPU computes."""
+        return 0 if self.device.startswith("cpu") else self.pass_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that one pass reads from disk."""
+        return sum(layer.disk_bytes for layer in self._brought_in())
+
+    def _brought_in(self) -> list[LayerSpec]:
+        return [self.layers[i] for i in self.order if i not in self.resident]
+
+    def predict(self, rates: Rates | None = None) -> Prediction | None:
+        """Returns how long a pass will take.
+
+        Args:
+            rates: How fast the machine is; default: the plan's own.
+
+        Returns:
+            The prediction; None without rates.
+        """
+        rates = rates or self.rates
+        if rates is None:
+            return None
+        return predict(rates, link_bytes=self.link_bytes, disk_bytes=self.disk_bytes)
+
+    def curve(
+        self, limits_gb: Sequence[float] | None = None, rates: Rates | None = None
+    ) -> list[CurvePoint]:
+        """Returns what other limits would give: what would 2 GiB more buy me?
+
+        Args:
+            limits_gb: In GiB; default: about eight, from the least to where everything
+                is resident.
+            rates: How fast the machine is; default: the plan's own.
+
+        Returns:
+            A point for each limit; its seconds are None without rates.
+
+        Raises:
+            BudgetExceededError: A limit is below the least.
+            ValueError: A limit is not a number, or negative.
+        """
+        from .curve import curve_of  # which makes plans, and so imports this module
+
+        return curve_of(self, limits_gb, rates or self.rates)
 
     def __repr__(self) -> str:
         """Counts residents and streamed layers, because all fields fill pages."""
-        return f"Plan({self._summary()})"
+        return f"Plan({self.summary})"
 
     def __str__(self) -> str:
         """Shows what the plan takes and costs, and its layers with repeats folded."""
-        limit = "none"
-        if self.limit_bytes is not None:
-            limit = format_gib(self.limit_bytes)
-        residents = f"{len(self.resident)} layers"
-        ring, stack = format_gib(self.ring_bytes), format_gib(self.stack_bytes)
-        rows = [
-            ("limit", limit, f"least {format_gib_up(self.least_bytes)} GiB"),
-            ("residents", format_gib(self.resident_bytes), residents),
-            (
-                "window",
-                format_gib(self.window_bytes),
-                f"{ring} first in first out, {stack} held",
-            ),
-            ("casts", format_gib(self.scratch_bytes), ""),
-            ("always there", format_gib(self.always_bytes), ""),
-            ("activations", format_gib(self.activation_bytes), ""),
-            ("together", format_gib(self.total_bytes + self.activation_bytes), ""),
-            ("copied per pass", format_gib(self.pass_bytes), ""),
-        ]
-        lines = [f"Plan: {self._summary()}"]
-        lines += [f"  {a:<15} {b:>11}  {c}".rstrip() for a, b, c in rows]
-        return "\n".join([*lines, *self._table()])
+        return format_plan(self)
 
-    def _summary(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How many layers stay and how many stream, in words."""
         resident, layers = len(self.resident), len(self.layers)
-        return f"{resident} of {layers} layers resident, {layers - resident} streamed"
-
-    def _table(self) -> list[str]:
-        groups = _folded(self.layers)
-        names = [name if len(name) <= 44 else f"...{name[-41:]}" for name, _ in groups]
-        width = max(map(len, names), default=0)
-        lines = []
-        for name, (_, members) in zip(names, groups, strict=True):
-            resident = sum(index in self.resident for index in members)
-            size = _short_size(self.layers[members[0]].stream_bytes)
-            lines.append(
-                f"  {name:<{width}}  {len(members):>4} x {size:>10}"
-                f"  {resident:>4} resident"
-            )
-        return lines
-
-
-def _folded(layers: tuple[LayerSpec, ...]) -> list[tuple[str, list[int]]]:
-    """Groups layers whose names differ by runs of numbers: blocks.0-59.attn.to_q.
-
-    Args:
-        layers: Layers; only those of one size come into one group.
-
-    Returns:
-        The name of each group and the indices of its layers.
-    """
-    rows = [(layer.name.split("."), [index]) for index, layer in enumerate(layers)]
-    depth = max((len(parts) for parts, _ in rows), default=0)
-    for level in range(depth):
-        merged: list[tuple[list[str], list[int]]] = []
-        # What surrounds the number at this level -> where its run began, the last
-        # number of the run, and the run's place in merged.
-        runs: dict[tuple[object, ...], tuple[int, int, int]] = {}
-        for parts, members in rows:
-            if level < len(parts) and parts[level].isdecimal():
-                number = int(parts[level])
-                around = (*parts[:level], "*", *parts[level + 1 :])
-                key = (*around, layers[members[0]].stream_bytes)
-                first, last, place = runs.get(key, (number, number, -1))
-                if place >= 0 and number == last + 1:
-                    runs[key] = (first, number, place)
-                    merged[place][0][level] = f"{first}-{number}"
-                    merged[place][1].extend(members)
-                    continue
-                runs[key] = (number, number, len(merged))
-            merged.append((parts, members))
-        rows = merged
-    return [(".".join(parts), members) for parts, members in rows]
-
-
-def _short_size(nbytes: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.1f} {unit}"
-    return f"{nbytes} bytes"
+        moving = [i for i in self.streamed if not self.layers[i].in_place]
+        words = f"{resident} of {layers} layers resident, {len(moving)} streamed"
+        rest = layers - resident - len(moving)
+        return f"{words}, {rest} in place" if rest else words

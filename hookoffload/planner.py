@@ -114,6 +114,7 @@ def make_plan(
         scratch_bytes=needs.scratch,
         always_bytes=always_bytes,
         activation_bytes=activation_bytes,
+        chains=tuple(chains),
     )
 
 

@@ -51,6 +51,7 @@ class ResolvedPolicy:
         disk_dir: The folder for files on disk; None is the system's temporary one.
         module_map: The user's map, empty if there is none.
         pin_limit_bytes: The most memory to page-lock; None: what this machine can.
+        record: Whether to note what happens in a run.
     """
 
     limit_bytes: int | None
@@ -62,6 +63,7 @@ class ResolvedPolicy:
     disk_dir: Path | None
     module_map: ModuleMap
     pin_limit_bytes: int | None
+    record: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,7 @@ class OffloadPolicy:
             copied at the speed of the link. Default: what this machine can. 0: none.
         debug: Overwrite memory with NaN when a layer is released, so that code which
             keeps a streamed weight beyond its forward computes NaN. Slow.
+        record: Note what happens in each pass, for `report(model)`. Costs little.
 
     Raises:
         ValueError: A value is not legal, or two of them contradict each other.
@@ -121,6 +124,7 @@ class OffloadPolicy:
     computation: Placement | None = None
     pin_limit_gb: float | None = None
     debug: bool = False
+    record: bool = False
 
     def __post_init__(self) -> None:
         """Checks every field, then the fields against each other."""
@@ -131,6 +135,8 @@ class OffloadPolicy:
         }
         if not isinstance(self.debug, bool):
             raise ValueError(f"debug={self.debug!r} must be True or False")
+        if not isinstance(self.record, bool):
+            raise ValueError(f"record={self.record!r} must be True or False")
         checked_dtype("compute_dtype", self.compute_dtype)
         checked_dtype("storage_dtype", self.storage_dtype)
         if self.store not in (None, "cpu", "disk"):
@@ -225,15 +231,19 @@ class OffloadPolicy:
             computation=Placement(device=main_device, dtype=main_dtype),
         )
 
-    def resolve(self) -> ResolvedPolicy:
+    def resolve(self, *, here: bool = True) -> ResolvedPolicy:
         """Fills in every default and finds the devices on this machine.
+
+        Args:
+            here: False takes the devices as they are named, also where this machine
+                has no such: to plan for another one.
 
         Raises:
             ValueError: This machine has no such device, the default device contradicts
                 a placement, or `disk_dir` is a file.
         """
         wanted = self._said_compute_device() or default_device()
-        compute = present_device(self._compute_field(), wanted)
+        compute = present_device(self._compute_field(), wanted) if here else wanted
         offload, onload, preparing = self._placements(compute)
         folder = None if self.disk_dir is None else Path(self.disk_dir).expanduser()
         if folder is not None and folder.exists() and not folder.is_dir():
@@ -249,6 +259,7 @@ class OffloadPolicy:
             disk_dir=folder,
             module_map=ModuleMap(self.module_map),
             pin_limit_bytes=None if pinned is None else _to_bytes(pinned),
+            record=self.record,
         )
 
     def _placements(

@@ -14,6 +14,7 @@ bits. The probe steps aside inside those, and inside atomic layers.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,8 @@ _METADATA = frozenset(
         *("requires_grad_", "register_hook", "retain_grad", "is_inference"),
     }
 )
+# In what PyTorch says when tensors do not go together.
+_MISMATCHES = ("same device", "same dtype", "dtype", "scalar type", "devices")
 _VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _STEPS_ASIDE = (
     nn.MultiheadAttention,
@@ -159,7 +162,7 @@ class Probe(TorchFunctionMode):
         """Return an output of a module without layers, clear of the window."""
         if not self._on or not self._stack[-1][1]:
             return None
-        return self.session.outside_window(output)
+        return self.session.escapes.outside_window(output)
 
     def has_left(self) -> bool:
         """Leave the stack of modes if this thread has it; tell whether it is gone."""
@@ -216,7 +219,8 @@ class Probe(TorchFunctionMode):
         except BaseException:
             self._release(bound)
             raise
-        if bound and self.session.in_window(result):
+        in_place = any(result is value for value in args)
+        if bound and not in_place and self.session.escapes.in_window(result):
             # A view of the weight: it may be used until the module has ended.
             self._stack[-1][1].extend(bound)
         else:
@@ -247,7 +251,7 @@ class Probe(TorchFunctionMode):
             return
         self.joined.append((self._stack[-1][0], name))
         try:
-            self.session.bind(layer)
+            self.session.bind(layer, aside=True)
         except BudgetExceededError:
             if not layer.readable_at_rest:
                 raise
@@ -282,3 +286,41 @@ class Probe(TorchFunctionMode):
 
     def _inside_atomic(self, module: nn.Module) -> bool:
         return id(module) in self.session.inside_atomic
+
+
+def hint_at_sideways_reads(error: BaseException) -> None:
+    """Say in an error what it may come from, if it speaks of devices or dtypes.
+
+    The probe does not look at every pass. What a later one reads sideways, on a path
+    that none took before, is a tensor at rest.
+    """
+    text = str(error).lower()
+    if not isinstance(error, RuntimeError) or not any(w in text for w in _MISMATCHES):
+        return
+    hint = (
+        " [hookoffload: perhaps a module read a weight of another one, on a path that "
+        "no forward took before. The next forward looks for that: call the model again]"
+    )
+    error.args = (f"{error}{hint}", *error.args[1:])
+
+
+def reads_of_siblings(
+    model: nn.Module, joined: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """Return what modules of the same classes as some readers are likely to read.
+
+    A pass that ends early has seen the first block only, and the others do the same.
+    """
+    modules = dict(model.named_modules())
+    reads: dict[type[nn.Module], set[str]] = defaultdict(set)
+    for user, tensor in joined:
+        if user and tensor.startswith(f"{user}."):
+            reads[type(modules[user])].add(tensor[len(user) + 1 :])
+    found = []
+    for name, module in modules.items():
+        for path in reads.get(type(module), ()):
+            owner, _, key = path.rpartition(".")
+            holder = modules.get(f"{name}.{owner}" if owner else name)
+            if holder is not None and holder._parameters.get(key) is not None:
+                found.append((name, f"{name}.{path}"))
+    return found

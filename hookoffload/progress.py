@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm.auto import tqdm
+
+_SHOWN: ContextVar[bool] = ContextVar("hookoffload progress bars", default=True)
+
+
+@contextmanager
+def progress_shown(shown: bool) -> Iterator[None]:
+    """Show the bars that are made inside, or none of them."""
+    token = _SHOWN.set(shown)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
@@ -28,5 +43,6 @@ def progress_bar(what: str, total_bytes: int) -> tqdm[Any]:
         unit_divisor=1024,
         delay=1.0,
         leave=False,
-        disable=None,  # none where standard error is no terminal
+        # None: where standard error is no terminal.
+        disable=None if _SHOWN.get() else True,
     )

@@ -46,6 +46,7 @@ def purge_hooks(session: Session) -> None:
             module._state_dict_pre_hooks,
             module._state_dict_hooks,
             module._load_state_dict_pre_hooks,
+            module._load_state_dict_post_hooks,
         ):
             for key, hook in list(hooks.items()):
                 # Bound methods, partials of them, and PyTorch's own wrapper of them.

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .safetensors_header import DAMAGED, CheckpointError, read_header
-from .tensor_bytes import memory, write_tensor
+from .tensor_bytes import memory, pieces, write_pieces
 
 _GIB = 2**30
 _MOST_READ_AT_ONCE = _GIB  # macOS refuses reads of more than 2**31 - 1 bytes.
@@ -254,7 +254,10 @@ class CheckpointFile:
                 "with writable_shared=True to write to it."
             )
         self._check_ours(location, source.nbytes)
-        for _ in write_tensor(self._fd, self.path, source, location.offset):
+        elsewhere = "attach again with another disk_dir="
+        for _ in write_pieces(
+            self._fd, self.path, pieces(source), location.offset, elsewhere=elsewhere
+        ):
             pass
 
     def close(self) -> None:
@@ -330,7 +333,7 @@ def _open_descriptor(path: Path, writable: bool) -> int:
 
 def explain_missing(path: Path) -> str:
     """Says why a path has no file, for the end of an error that names the path."""
-    if path.is_symlink():
+    if os.path.islink(path):  # Path.is_symlink raises for names that are too long.
         return (
             f"is a symbolic link to {os.readlink(path)}, which does not exist. The "
             "download is incomplete: fetch it again."

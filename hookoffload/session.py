@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import logging
-import sys
-import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .adapters import Adapters
 from .always import AlwaysResident
 from .assembly import Assembly, assemble
-from .budget import BudgetExceededError, MemoryBudget
-from .calls import CallTracker, calls_under_way, in_functional_call
-from .containers import map_tensors, tensors_in
-from .hooks import GatherSite, OutsideHooks, RootHooks, Site, can_gather
+from .budget import MemoryBudget
+from .calls import CallTracker, calls_under_way
+from .containers import map_tensors
+from .escapes import Escapes
+from .gather import GatherSite, can_gather
+from .hooks import OutsideHooks, Site
+from .inventory import Inventory
 from .layer import Layer
 from .mover import LayerMover
 from .partition import Partition, SiteSketch, check_tensors, partition
 from .pass_planner import PassPlanner
+from .passes import Passes
 from .pinning import PageLock
 from .placement import Placement
 from .plan import Plan
 from .policy import ResolvedPolicy
 from .probe import Probe
+from .recorder import Recorder
 from .refusals import NotCopied, purge_hooks
-from .report import OffloadStats
+from .root_hooks import RootHooks
+from .run_report import Report, make_report
 from .safetensors_file import TensorLocation
 from .state_hooks import StateHooks
+from .stats import OffloadStats
 from .store import Master, Store
 
 logger = logging.getLogger(__name__)
@@ -72,34 +79,30 @@ class Session(NotCopied):
         # As little as possible is what the plan finds out, not a number to hold.
         self.budget = MemoryBudget(policy.limit_bytes or None)
         self.mover = LayerMover(policy.compute_device, self.budget, poison=poison)
+        self.recorder = Recorder(self.mover.memory) if policy.record else None
+        self.mover.recorder = self.recorder
         self.planner = PassPlanner(policy, self.budget, self.mover.memory)
         self.probe: Probe | None = None
-        self._left_probes: list[Probe] = []
         self.onloaded = False
         self.ended = False  # a thread may still wait at a hook that is off by now
         self.sites: list[Site] = []
         self.root_site: Site | None = None
         self.layers: list[Layer]
         self._moved_masters: list[Master]
-        self._asked_for: set[int]  # layers that sites need
-        self._seen: set[int]  # and those that a forward has asked for
         self.always: AlwaysResident
         self.atomic: frozenset[int]  # ids of modules that move with their subtree
         self.inside_atomic: frozenset[int]
         self.read_in_place: set[int]  # ids of tables that are never brought in
         self._masters: dict[int, Master] = {}
-        self._joined: list[tuple[str, str]] = []
-        self._stand_in: torch.Tensor | None = None
         self._outside_handles: list[RemovableHandle] = []
-        self._hooks_hang = False
-        self._probe_next = True
-        self._autocast_cache = True
-        self._guard: (
-            tuple[torch.autograd.graph.saved_tensors_hooks, threading.Thread] | None
-        ) = None
+        self.hooks_hang = False
+        self.passes = Passes(self)
         self.calls = CallTracker(frozenset(id(m) for m in model.modules()))
+        self.escapes = Escapes(model, self.mover.memory, self.calls)
         self.root = RootHooks(self, model)
+        self.adapters = Adapters(self)
         self.state_hooks = StateHooks(self)
+        self.inventory = Inventory()
         self._build(partition(model, self.map))
         self.store = Store(self._moved_masters, policy.disk_dir)
         self._page_lock = PageLock(policy.compute_device, policy.pin_limit_bytes)
@@ -125,6 +128,7 @@ class Session(NotCopied):
         looked_up = frozenset(assembly.moving - moved)
         self.planner.set_assembly(assembly, predicted, looked_up)
         self.sites = sites
+        self.escapes.set_sites(sites)
         self.root_site = next((s for s in sites if s.module is self.model), None)
         self.layers = assembly.layers
         self.always = AlwaysResident(
@@ -133,8 +137,7 @@ class Session(NotCopied):
         self.atomic = assembly.atomic
         self.inside_atomic = assembly.inside_atomic
         self._masters = assembly.masters
-        self._asked_for = moved
-        self._seen = set()
+        self.passes.set_layers(moved)
         self.mover.set_layers(assembly.layers, predicted)
         self._moved_masters = assembly.moved_masters
 
@@ -186,6 +189,7 @@ class Session(NotCopied):
                 self._page_lock.lock(self.store.masters)
             self.root.register()
             self.register_hooks()
+            self._take_stock()
             self.state_hooks.register()
             logger.info("attached %s: %r", type(self.model).__name__, self.plan)
         except BaseException:
@@ -198,14 +202,15 @@ class Session(NotCopied):
             self._end()
 
     def _end(self) -> None:
-        self._retire_probe()
+        self.passes.retire_probe()
         self.remove_hooks()
         self.root.remove()
         try:
+            parted = self._untie()
             self.mover.drop_all()
             self.always.release()
             self._page_lock.unlock(self.store.masters)
-            Store(self.always.masters, None).restore()
+            Store([*self.always.masters, *parted], None).restore()
             self.store.restore()
         except Exception:
             self._let_go()  # a disk or a device refused: the hooks go nevertheless
@@ -228,6 +233,8 @@ class Session(NotCopied):
         self.mover.set_layers((), ())
         self.store.masters = []
         self.state_hooks.forget()
+        self.inventory.forget()
+        self.adapters.forget()
         self.always.forget()
         self.planner.forget()
 
@@ -243,7 +250,7 @@ class Session(NotCopied):
         }
         if outside and not self._outside_handles:
             OutsideHooks(outside).register(self._outside_handles)
-        self._hooks_hang = True
+        self.hooks_hang = True
 
     def remove_hooks(self) -> None:
         """Take the hooks off every site; those of the root stay."""
@@ -252,7 +259,7 @@ class Session(NotCopied):
         for handle in self._outside_handles:
             handle.remove()
         self._outside_handles = []
-        self._hooks_hang = False
+        self.hooks_hang = False
 
     # -- calls ----------------------------------------------------------------------
 
@@ -267,37 +274,22 @@ class Session(NotCopied):
             self._end_outermost_call()
         self.calls.leave()
 
+    def begin_call_of_part(self) -> None:
+        """Get ready for the call of a part by itself, without the root."""
+        self._take_over_untied()
+        self.begin_outermost_call()
+
     def begin_outermost_call(self) -> None:
         """Get ready for calls, of the root or of a part."""
+        if not self.all_stay:
+            self.escapes.guard_graph()
         if not self.onloaded:
             self.onload()
         self.always.enter()
-        # Also under no_grad: a forward can enable gradients for itself.
-        if self._guard is None and not self.all_stay:
-            guard = torch.autograd.graph.saved_tensors_hooks(
-                self._refuse_to_keep, _as_it_is
-            )
-            guard.__enter__()
-            self._guard = (guard, threading.current_thread())
 
     def _end_outermost_call(self) -> None:
-        if self._guard is not None:
-            guard, thread = self._guard
-            self._guard = None
-            if thread is threading.current_thread():  # else it died with its thread
-                guard.__exit__()
-        self.always.leave()
-
-    def _refuse_to_keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Raise if autograd keeps a streamed weight for backward."""
-        memory = self.mover.memory
-        plain = tensor.device == memory.device and tensor.layout is torch.strided
-        if self.calls.depth and plain and memory.overlaps_transient(tensor.data_ptr()):
-            names = {id(site.module): site.name for site in self.sites}
-            inside = (names.get(id(module)) for module in calls_under_way())
-            name = next((name for name in inside if name), None)
-            self._refuse_gradient(name or type(self.model).__name__)
-        return tensor
+        self.escapes.drop_guard()
+        self.always.leave(training=self.model.training)
 
     def recover(self) -> None:
         """Clean up behind a call that never reached its post hook (Ctrl-C).
@@ -310,26 +302,14 @@ class Session(NotCopied):
 
     def _forget_interrupted_calls(self) -> None:
         logger.info("cleaning up behind an interrupted forward")
-        self._retire_probe()
+        self.passes.retire_probe()
         for site in self.sites:
             site.forget_calls()
         self.root.forget_calls()
         self._end_outermost_call()
+        self.state_hooks.forget_calls()
         self.mover.drop_all()
-        self.mover.order.end_pass(complete=False)
-        self._probe_next = True
-
-    def _retire_probe(self) -> None:
-        """End a probe that was interrupted; it leaves the thread that it watched.
-
-        Only that thread can take it off its stack of modes: the others leave it there,
-        blind, for the next hook that runs in it.
-        """
-        if self.probe is not None:
-            self._left_probes.append(self.probe)
-            self.probe.abandon()
-            self.probe = None
-        self._left_probes = [p for p in self._left_probes if not p.has_left()]
+        self.passes.interrupted()
 
     def is_left_behind(self, root: RootHooks) -> bool:
         """Tell whether the levels around a call of the root are a dead call's."""
@@ -340,91 +320,35 @@ class Session(NotCopied):
         # The innermost is the call of the root that asks.
         return not any(self.calls.knows(module) for module in called[1:])
 
-    def require_idle(self, what: str) -> None:
-        """Raise if the model is running in this thread; wait for other threads.
+    @contextmanager
+    def by_hand(self, what: str) -> Iterator[None]:
+        """Own the model for what a program does to it between two forwards.
 
-        The caller owns the model afterwards and must call `leave_call`.
+        Raises:
+            RuntimeError: The model is running in this thread.
         """
-        self.enter_call()
-        if self.calls.depth > 1:
-            if self.calls.runs_here():
-                self.calls.leave()
-                raise RuntimeError(
-                    f"{what} was called from inside the model's own forward; call it "
-                    "between two forwards"
-                )
-            self.recover()
+        if self.calls.enter(by_hand=True):
+            self._forget_interrupted_calls()
+        try:
+            self.require_no_call(what)
+            if what != "detach":
+                self._take_over_untied()
+            yield
+        finally:
+            self.calls.leave()
 
-    # -- passes ---------------------------------------------------------------------
+    def require_no_call(self, what: str) -> None:
+        """Raise if this thread is inside the model; clean up if it no longer is."""
+        if self.calls.depth == 1:
+            return
+        if self.calls.runs_here() or self.calls.is_guest:
+            raise RuntimeError(
+                f"{what} was called from inside the model's own forward; call it "
+                "between two forwards"
+            )
+        self.recover()
 
-    def begin_pass(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Get ready for one forward of the root; return inputs that were moved."""
-        self.store.check_unchanged()
-        if self.state_hooks.replaced_parameters() and not in_functional_call():
-            with torch.inference_mode(False):
-                self._take_over_replaced()
-        if self.state_hooks.edited_while_bound():
-            self.sync_masters()
-        self.begin_outermost_call()
-        size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
-        probing = self._probe_next and bool(self.sites)
-        first = probing and not self.mover.counters.forwards
-        self._apply(self.planner.for_pass(size, probing=first))
-        if not self._hooks_hang and not self.all_stay:
-            self.register_hooks()
-        self._retire_probe()  # of a pass that was interrupted at its very end
-        if probing:
-            self.probe = Probe(self)
-        self.mover.order.begin_pass()
-        if not self.all_stay:
-            self.mover.prefetch()
-        inputs = self.to_compute_device((args, kwargs))
-        self._autocast_cache = torch.is_autocast_cache_enabled()
-        if torch.is_autocast_enabled(self.policy.compute_device.type):
-            # It would keep a cast copy of every weight, beyond any limit.
-            torch.set_autocast_cache_enabled(False)
-        if self.probe is not None:
-            self.probe.begin()
-        return inputs  # type: ignore[no-any-return]
-
-    def end_pass(self, *, complete: bool) -> None:
-        """Account for the forward that has ended."""
-        joined: list[tuple[str, str]] = []
-        torch.set_autocast_cache_enabled(self._autocast_cache)
-        if self.probe is not None:
-            joined = self.probe.end()
-            self.probe = None
-        error = sys.exc_info()[1]
-        if not complete and isinstance(error, torch.OutOfMemoryError):
-            # The next call must find more: half of what the residents took.
-            half = self.plan.resident_bytes // 2
-            self.planner.step_down(self.plan.total_bytes - half)
-        # A tensor may be used sideways on a path that this pass did not take: look
-        # again after an exception, which may come from just that, and as long as there
-        # are layers that no forward has asked for.
-        self._seen.update(self.mover.order.recorded)
-        self._probe_next = not complete or not self._asked_for <= self._seen
-        self.mover.order.end_pass(complete)
-        self.mover.counters.forwards += complete
-        self.planner.after_pass(complete=complete)
-        if joined and complete:
-            self._join(joined)
-        if complete and self.all_stay and self._hooks_hang:
-            self.remove_hooks()
-
-    def _apply(self, plan: Plan) -> None:
-        """Make memory what the plan says, or less where the device has less."""
-        while True:
-            try:
-                self.mover.apply(plan)
-                return
-            except torch.OutOfMemoryError:
-                # Nine tenths: the forward needs something too.
-                if not self.planner.step_down(self.mover.reached_bytes * 9 // 10):
-                    raise
-                plan = self.planner.plan
+    # -- changes --------------------------------------------------------------------
 
     def set_limit(self, limit_bytes: int | None) -> None:
         """Keep another limit from the next pass on.
@@ -440,35 +364,24 @@ class Session(NotCopied):
         if limit_bytes and self.budget.used > limit_bytes:
             self.mover.apply(self.plan)  # give the memory back now
 
+    def keep_to_plan(self) -> None:
+        """Give up at once what a plan that has changed does not keep."""
+        if self.mover.plan is not None:
+            self.passes.apply(self.plan)
+
     @property
     def all_stay(self) -> bool:
         """Whether every layer is bound between passes, so that no hook is needed."""
         return all(layer.stays_bound or layer.in_place for layer in self.layers)
 
-    def _join(self, joined: list[tuple[str, str]]) -> None:
-        """Let tensors that were used sideways come with the modules that use them."""
-        before = self._joined
-        self._joined = list(dict.fromkeys([*before, *joined]))
-        try:
-            self._rebuild()
-        except BudgetExceededError as error:
-            logger.warning(
-                "%s read(s) weights of other modules, which do not fit the limit for "
-                "that long; they are brought in each time they are used. %s",
-                ", ".join(sorted({user or "the model" for user, _ in joined})),
-                error,
-            )
-            self._joined = before
-            self._rebuild()
-            self._probe_next = True
-
-    def _take_over_replaced(self) -> None:
+    def take_over_replaced(self) -> None:
         """Manage parameters that replaced others (``load_state_dict(assign=True)``)."""
         try:
             check_tensors(self.model)
         except ValueError as error:
             raise RuntimeError(str(error)) from error
-        self._rebuild()
+        self.rebuild()
+        self.passes.probe_next()  # new modules may read weights sideways
         self._page_lock.unlock(self.store.masters)
         self.store.replace_masters(self._moved_masters, self.policy.offload)
         if not self._waits_where_it_rests:
@@ -476,18 +389,46 @@ class Session(NotCopied):
         self._page_lock.lock(self.store.masters)
         self._adopt_buffers(self.always.masters)
 
+    def _take_over_untied(self) -> None:
+        """Make layers anew if tensors that shared memory do so no longer."""
+        if self._untie():
+            with torch.inference_mode(False):
+                self.take_over_replaced()
+
+    def _untie(self) -> list[Master]:
+        """Part tensors that shared memory, as far as they were given other data.
+
+        ``tensor.data = new`` gives one of them new bytes, and must not change those
+        of the others.
+
+        Returns:
+            The masters of those that are alone now. They belong to no layer yet.
+        """
+        parted = []
+        for master, member in self.inventory.given_other_data():
+            if len(master.members) > 1 and master.is_same(member):
+                parted.append(master.split_off(member))
+                self._masters[id(member.tensor)] = parted[-1]
+                self._masters[id(master.members[0].tensor)] = master
+        return parted
+
+    def _take_stock(self) -> None:
+        masters = (*self._moved_masters, *self.always.masters)
+        self.inventory.renew(self.model, masters)
+
     @staticmethod
     def _adopt_buffers(masters: list[Master]) -> None:
         """Have buffers rest in host RAM: they are small, and forwards write to them."""
         Store([], None).adopt(masters, Placement(device="cpu"))
 
-    def _rebuild(self) -> None:
+    def rebuild(self) -> None:
+        """Make layers and sites anew, from the model as it is now."""
         self.remove_hooks()
         self.mover.drop_all()
         self.always.release()
-        self._build(partition(self.model, self.map, self._joined))
+        self._build(partition(self.model, self.map, self.passes.joined))
         self.register_hooks()
-        self.state_hooks.renew()
+        self._take_stock()
         if self.onloaded:
             self.always.onload()
 
@@ -498,10 +439,12 @@ class Session(NotCopied):
         if self.onloaded:
             return
         with torch.inference_mode(False):
+            self.store.note_private_writes()
             if not self._waits_where_it_rests:
                 self.store.onload(self.policy.onload)
                 self._page_lock.lock(self.store.masters)
             self.always.onload()
+            self.adapters.onload()
         self.onloaded = True
 
     @property
@@ -517,6 +460,7 @@ class Session(NotCopied):
         with torch.inference_mode(False):
             self.mover.drop_all()
             self.always.release()
+            self.adapters.release()
             if was and not self._waits_where_it_rests:
                 self._page_lock.unlock(self.store.masters)
                 self.store.offload(self.policy.offload)
@@ -525,14 +469,12 @@ class Session(NotCopied):
 
     def sync_masters(self) -> None:
         """Bring everything that was written to tensors into their masters."""
-        if self.calls.depth and not self.calls.runs_here():
-            self.require_idle("state_dict")  # Ctrl-C ended the last forward
-            self.leave_call()
+        self._take_over_untied()
         with torch.inference_mode(False):
             self.always.sync()
             for layer in self.layers:
                 self.mover.sync(layer)
-        if not self._hooks_hang and not self.all_stay:
+        if not self.hooks_hang and not self.all_stay:
             self.register_hooks()
 
     def rest_for_loading(self) -> None:
@@ -545,13 +487,13 @@ class Session(NotCopied):
 
     # -- what hooks need ------------------------------------------------------------
 
-    def bind(self, layer: Layer) -> None:
-        """Bind a layer for a forward that begins."""
+    def bind(self, layer: Layer, *, aside: bool = False) -> None:
+        """Bind a layer for a forward that begins; ``aside``: see `LayerMover.bind`."""
         with self._unwatched():
             self.begin_outermost_call()  # a part is called without the root
             if self.mover.plan is None:
-                self._apply(self.plan)
-            self.mover.bind(layer)
+                self.passes.apply(self.plan)
+            self.mover.bind(layer, aside=aside)
 
     def release(self, layer: Layer) -> None:
         """Release a layer behind a forward that has ended."""
@@ -562,30 +504,11 @@ class Session(NotCopied):
         """Keep the probe from taking the library's own reads for the model's."""
         return _NOTHING if self.probe is None else self.probe.looking_away()
 
-    def bind_stand_in(self, layer: Layer) -> None:
-        """Point an embedding's weight at one row of zeros on the compute device."""
-        self.begin_outermost_call()
-        layer.revision()
-        member = layer.masters[0].members[0]
-        dtype = layer.masters[0].codec.compute
-        row = self._stand_in
-        if row is None or row.dtype != dtype or row.numel() < member.shape[1]:
-            with torch.inference_mode(False):
-                row = torch.zeros(
-                    member.shape[1], dtype=dtype, device=self.policy.compute_device
-                )
-            self._stand_in = row
-        layer.stands_in = True
-        member.tensor.data = row[: member.shape[1]].expand(member.shape)
-
-    def take_stand_in_away(self, layer: Layer) -> None:
-        """Point an embedding's weight at its master again."""
-        layer.masters[0].put_to_rest()
-        layer.stands_in = False
-
     def count_moved(self, layer: Layer, nbytes: int) -> None:
         """Count bytes that crossed the link without a copy of a layer."""
         self.mover.counters.bytes_moved += nbytes
+        if self.recorder is not None:
+            self.recorder.looked_up(layer.name, nbytes)
 
     def to_compute_device(self, value: Any) -> Any:
         """Move the tensors of a call's inputs; containers are made anew as needed."""
@@ -595,61 +518,6 @@ class Session(NotCopied):
             return tensor if tensor.device == device else tensor.to(device)
 
         return map_tensors(value, move)
-
-    def checked_output(self, site: Site, args: tuple[Any, ...], output: Any) -> Any:
-        """Return an output that is safe to keep when the layers are released.
-
-        Raises:
-            RuntimeError: It would need a gradient through a streamed weight.
-        """
-        if output is None or all(_stays(layer) for layer in site.layers):
-            return None
-        for tensor in tensors_in(output):
-            if tensor.grad_fn is not None:
-                self.refuse_gradient(site, tensor, args)
-        return self.outside_window(output)
-
-    def in_window(self, output: Any) -> bool:
-        """Tell whether a tensor among these will have other bytes soon.
-
-        That is a view of memory that is used again, and a parameter itself.
-        """
-        memory = self.mover.memory
-        return any(
-            isinstance(tensor, nn.Parameter)
-            or memory.overlaps_transient(tensor.data_ptr())
-            for tensor in tensors_in(output)
-            if tensor.device == memory.device and tensor.layout is torch.strided
-        )
-
-    def outside_window(self, output: Any) -> Any:
-        """Return an output clear of memory that is used again; None if it is so."""
-        if not self.in_window(output):
-            return None
-        return map_tensors(
-            output, lambda tensor: tensor.clone() if self.in_window(tensor) else tensor
-        )
-
-    def refuse_gradient(
-        self, site: Site, output: torch.Tensor, args: tuple[Any, ...]
-    ) -> None:
-        """Raise if an output carries a graph through weights that are gone later.
-
-        Without gradients enabled around it, a forward may pass an input on that has a
-        graph of its own; what else has one was made in the forward.
-        """
-        passed_on = any(output is tensor for tensor in tensors_in(args))
-        if output.grad_fn is not None and (torch.is_grad_enabled() or not passed_on):
-            self._refuse_gradient(site.name or type(self.model).__name__)
-
-    @staticmethod
-    def _refuse_gradient(name: str) -> NoReturn:
-        raise RuntimeError(
-            f"{name} is streamed, and its output would need a gradient through weights "
-            "that are not there any more at backward. hookoffload runs inference: call "
-            "the model under torch.no_grad() or torch.inference_mode(). To train, "
-            "detach(model), or attach without a limit (limit_gb=None) where it fits"
-        )
 
     # -- figures --------------------------------------------------------------------
 
@@ -669,13 +537,18 @@ class Session(NotCopied):
             peak_by_kind=self.budget.peak_by_kind(),
         )
 
+    def report(self) -> Report:
+        """Return what has happened, in detail.
 
-def _stays(layer: Layer) -> bool:
-    """Tell whether a bound layer's bytes stay where they are behind its forward."""
-    if layer.stays_bound:
-        return True
-    return layer.resident is not None and layer.can_stay_bound
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+        Raises:
+            RuntimeError: The policy says nothing of recording.
+        """
+        name = type(self.model).__name__
+        if self.recorder is None:
+            raise RuntimeError(
+                f"report: {name} was attached without recording. Attach it with "
+                "OffloadPolicy(record=True); offload_stats(model) has the totals"
+            )
+        self.mover.engine.drain()
+        device = self.policy.compute_device
+        return make_report(name, device, self.stats(), self.recorder)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import struct
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from .safetensors_file import CheckpointFile
-from .safetensors_header import CODES, CheckpointError
-from .tensor_bytes import disk_errors, write_at, write_tensor
+from .safetensors_writer import Source, remove, write_safetensors
+from .tensor_bytes import disk_errors
 
-_GIB = 2**30
+_ELSEWHERE = "pass another with disk_dir="
 
 
 def write_spill_file(
@@ -26,7 +23,7 @@ def write_spill_file(
     *,
     dtypes: Mapping[str, torch.dtype] | None = None,
     metadata: Mapping[str, str] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
     align: int = 64,
 ) -> CheckpointFile:
     """Writes tensors to a safetensors file and opens it for shared use.
@@ -49,78 +46,25 @@ def write_spill_file(
     Raises:
         CheckpointError: A tensor cannot be stored, or the disk is full or refuses.
     """
-    dtypes = {name: t.dtype for name, t in tensors.items()} | dict(dtypes or {})
-    header, order, data = _build_header(path, tensors, dtypes, metadata, align)
-    needed = len(header) + data
-    with disk_errors(path):
-        free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise CheckpointError(
-            f"{path}: needs {needed / _GIB:.2f} GiB on disk, the folder {path.parent} "
-            f"has {free / _GIB:.2f} GiB free. Free space there, or pass a folder on a "
-            "larger disk with disk_dir=."
-        )
-    with disk_errors(path):
-        fd, unfinished = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    dtypes = dtypes or {}
+    sources = {
+        name: Source(tensor, dtypes.get(name, tensor.dtype))
+        for name, tensor in tensors.items()
+    }
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     with ExitStack() as undo:
-        undo.callback(_remove, unfinished)
-        with ExitStack() as opened:
-            opened.callback(os.close, fd)
-            with disk_errors(path):
-                write_at(fd, memoryview(header), 0)
-            offset = len(header)
-            for name in order:
-                parts = write_tensor(fd, path, tensors[name], offset, dtypes[name])
-                for count in parts:
-                    offset += count
-                    if progress is not None:
-                        progress(count)
-            opened.pop_all()
-            with disk_errors(path):  # A network disk reports a full disk here.
-                os.close(fd)
-        CheckpointFile(unfinished).close()
-        with disk_errors(path):
+        undo.callback(remove, unfinished)
+        write_safetensors(
+            unfinished,
+            sources,
+            metadata=metadata,
+            progress=progress,
+            align=align,
+            elsewhere=_ELSEWHERE,
+        )
+        with disk_errors(path, _ELSEWHERE):
             os.replace(unfinished, path)
-        undo.callback(_remove, path)
+        undo.callback(remove, path)
         file = CheckpointFile(path, writable_shared=True)
         undo.pop_all()
     return file
-
-
-def _build_header(
-    path: Path,
-    tensors: Mapping[str, torch.Tensor],
-    dtypes: Mapping[str, torch.dtype],
-    metadata: Mapping[str, str] | None,
-    align: int,
-) -> tuple[bytes, list[str], int]:
-    """Returns the bytes before the data, the names in its order, and its length."""
-    if align < 1:
-        raise ValueError(f"align must be at least 1 byte, not {align}.")
-    # The format allows no holes: larger items first keeps each tensor aligned.
-    order = sorted(tensors, key=lambda name: -dtypes[name].itemsize)
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        code = CODES.get(dtypes[name])
-        storable = tensor.layout == torch.strided and not tensor.is_meta
-        if code is None or not storable or name == "__metadata__":
-            raise CheckpointError(
-                f"{path}: tensor {name!r} ({tensor.dtype}, {tensor.layout}, on "
-                f"{tensor.device}) cannot be stored in a safetensors file. Keep its "
-                "layer in memory, or convert it to a plain dtype first."
-            )
-        shape = list(tensor.shape)
-        if code == "F4" and shape:
-            shape[-1] *= 2
-        begin, end = end, end + tensor.numel() * dtypes[name].itemsize
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % align)
-    return struct.pack("<Q", len(text)) + text, order, end
-
-
-def _remove(path: str | Path) -> None:
-    with suppress(OSError):  # The first error is the one to report.
-        os.unlink(path)

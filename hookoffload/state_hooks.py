@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .refusals import NotCopied
-from .store import Master, Member
 
 if TYPE_CHECKING:
     from .session import Session
@@ -33,46 +32,31 @@ class StateHooks(NotCopied):
     noticed at the next forward only.
     """
 
-    __slots__ = ("_expected", "_handles", "_managed", "session")
+    __slots__ = ("_handles", "_under_way", "session")
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self._handles: list[RemovableHandle] = []
-        self._managed: dict[int, tuple[Master, Member]] = {}
-        # What was registered where, to notice that something else took its place.
-        self._expected: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._under_way = 0  # modules whose saving or loading has begun
 
     def register(self) -> None:
         """Hang the hooks on every module with tensors of its own."""
-        self.renew()
         for module in self.session.model.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # they refuse hooks
-            if not module._parameters and not module._buffers:
+            # The root's are around all others: one owner from beginning to end.
+            own = module._parameters or module._buffers
+            if not own and module is not self.session.model:
                 continue
             keep = self._handles.append
             keep(module.register_state_dict_pre_hook(self._before_state_dict))
-            # A partial, because PyTorch sets an attribute on what it registers.
+            # Partials, because PyTorch sets an attribute on what it registers.
             keep(module.register_state_dict_post_hook(partial(self._after_state_dict)))
             keep(module.register_load_state_dict_pre_hook(self._before_load))
+            keep(module.register_load_state_dict_post_hook(partial(self._after_load)))
         self.session.model.__dict__["_apply"] = self._refuse_to_move
-        for _, member in self._managed.values():
+        for member in self.session.inventory:
             _OWNERS[member.tensor] = weakref.ref(self.session)
-
-    def renew(self) -> None:
-        """Look up the masters anew, after layers were built again."""
-        session = self.session
-        self._managed = {
-            id(member.tensor): (master, member)
-            for master in (*session.store.masters, *session.always.masters)
-            for member in master.members
-        }
-        self._expected = [
-            (registry, dict(registry))
-            for module in session.model.modules()
-            for registry in (module._parameters, module._buffers, module._modules)
-            if registry
-        ]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -82,38 +66,45 @@ class StateHooks(NotCopied):
         self.session.model.__dict__.pop("_apply", None)
 
     def forget(self) -> None:
-        """Drop what refers to tensors, behind detach."""
-        for _, member in self._managed.values():
+        """Drop what says whose the tensors are, behind detach."""
+        for member in self.session.inventory:
             _OWNERS.pop(member.tensor, None)
-        self._managed = {}
-        self._expected = []
 
-    def replaced_parameters(self) -> bool:
-        """Tell whether another tensor or module is registered than was attached."""
-        for registry, before in self._expected:
-            if len(registry) != len(before):
-                return True
-            for key, value in registry.items():
-                if before.get(key) is not value:
-                    return True
-        return False
+    def forget_calls(self) -> None:
+        """Start anew after saving or loading was interrupted."""
+        self._under_way = 0
 
-    def edited_while_bound(self) -> bool:
-        """Tell whether a tensor that is bound between passes was given other data.
+    def _enter(self, *, loading: bool) -> None:
+        """Own the model until `_leave`; the outermost brings the masters up to date.
 
         Raises:
-            RuntimeError: It was moved or cast.
+            RuntimeError: It is to be loaded from inside its own forward.
         """
-        edited = False
-        for master, member in self._managed.values():
-            pointer = member.tensor.data_ptr()
-            if pointer != member.rest_pointer and pointer != member.bound_pointer:
-                master.check_same(member)
-                edited = True
-        return edited
+        session = self.session
+        session.enter_call()
+        try:
+            inner = 0 < self._under_way == session.calls.depth - 1
+            if loading and not inner:
+                session.require_no_call("load_state_dict")
+                session.rest_for_loading()
+            elif not inner:
+                calls = session.calls
+                if calls.depth > 1 and not calls.runs_here() and not calls.is_guest:
+                    session.recover()
+                session.sync_masters()
+        except BaseException:
+            session.calls.leave()
+            raise
+        self._under_way += 1
+
+    def _leave(self) -> None:
+        if self._under_way:
+            self._under_way -= 1
+            self.session.calls.leave()
 
     def _before_state_dict(self, module: nn.Module, *_: Any) -> None:
         """Let the probe look away: saving reads every tensor and uses none."""
+        self._enter(loading=False)
         if self.session.probe is not None:
             self.session.probe.look_away(1)
 
@@ -121,28 +112,31 @@ class StateHooks(NotCopied):
         self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any
     ) -> None:
         """Return the masters of tensors that are bound between passes."""
-        session = self.session
-        if session.probe is not None:
-            session.probe.look_away(-1)
-        session.sync_masters()
+        if self.session.probe is not None:
+            self.session.probe.look_away(-1)
+        inventory = self.session.inventory
         for registry in (module._parameters, module._buffers):
             for key, tensor in registry.items():
-                found = self._managed.get(id(tensor))
+                found = None if tensor is None else inventory.find(tensor)
                 value = state.get(prefix + key)
                 if found is None or not isinstance(value, torch.Tensor):
                     continue
                 if value is not tensor:  # keep_vars=True asks for the objects
                     state[prefix + key] = found[1].rest
+        self._leave()
 
     def _before_load(self, module: nn.Module, *_: Any) -> None:
-        """Put the module's tensors to rest: what is loaded goes into the masters."""
-        self.session.rest_for_loading()
+        """Put all tensors to rest: what is loaded goes into the masters."""
+        self._enter(loading=True)
+
+    def _after_load(self, module: nn.Module, _: Any) -> None:
+        self._leave()
 
     def _refuse_to_move(
         self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> nn.Module:
         model = self.session.model
-        tensors = (member.tensor for _, member in self._managed.values())
+        tensors = (member.tensor for member in self.session.inventory)
         if recurse and all(self._is_kept(function, tensor) for tensor in tensors):
             return model
         raise RuntimeError(

@@ -21,10 +21,7 @@ everything rests and nothing has been copied ahead; otherwise they may be lost.
 from __future__ import annotations
 
 import logging
-import secrets
-import shutil
 import tempfile
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,12 +30,15 @@ import torch
 from tqdm.auto import tqdm
 
 from .codec import Codec, is_castable
-from .partition import ManagedTensor, TensorGroup
+from .partition import ManagedTensor, TensorGroup, span
 from .placement import Placement
+from .private_pages import written_privately
 from .progress import progress_bar
-from .safetensors_file import TensorLocation
+from .readers import empty_in_ram, read_tensors
+from .safetensors_file import CheckpointFile, TensorLocation
 from .safetensors_header import CheckpointError
 from .spill_file import write_spill_file
+from .spill_folder import SpillFolder
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +168,24 @@ class Master:
         base = flat.view(member.dtype) if self.mixed else flat
         return member.view(base, int(base.storage_offset()))
 
+    def split_off(self, member: Member) -> Master:
+        """Give a member that was given other data a master of its own.
+
+        The others keep the bytes that they shared with it.
+        """
+        self.members.remove(member)
+        low, high = span(member.tensor)
+        managed = ManagedTensor(member.name, member.tensor, is_buffer=False)
+        alone = Master(TensorGroup([managed], low, high), self.codec)
+        alone.members[0].device = member.device
+        alone.members[0].dtype = member.dtype
+        return alone
+
     def put_to_rest(self) -> None:
         """Swap every member back to the master."""
         for member in self.members:
             member.tensor.data = member.rest
+            member.bound_pointer = 0
             member.version = version_of(member.tensor)
 
     def take_bound(self, member: Member) -> bool:
@@ -193,10 +207,15 @@ class Master:
 
     def check_same(self, member: Member) -> None:
         """Raise if a member that is bound between passes was moved or cast."""
+        if not self.is_same(member):
+            self._refuse_move(member)
+
+    @staticmethod
+    def is_same(member: Member) -> bool:
+        """Tell whether a member has the shape and dtype that it has at rest."""
         tensor = member.tensor
         same = (tensor.shape, tensor.dtype) == (member.shape, member.rest.dtype)
-        if not same or tensor.is_meta:
-            self._refuse_move(member)
+        return same and not tensor.is_meta
 
     @staticmethod
     def _refuse_move(member: Member) -> NoReturn:
@@ -283,7 +302,7 @@ class Store:
     def __init__(self, masters: Sequence[Master], disk_dir: Path | None) -> None:
         self.masters = list(masters)
         self._disk_dir = disk_dir
-        self._folder: Path | None = None
+        self._folder: SpillFolder | None = None
         self._files = {m.location.file for m in masters if m.location is not None}
         self._mapped: dict[int, tuple[torch.Tensor, TensorLocation]] = {}
 
@@ -297,6 +316,7 @@ class Store:
         """Bring masters to the placement where they rest while not needed.
 
         A CPU tensor that stays in RAM and needs no cast stays exactly where it lies.
+        What lies in a file and is to rest in RAM is read, and cast on the way.
 
         Raises:
             CheckpointError: The folder cannot be written, or has too little room.
@@ -304,8 +324,28 @@ class Store:
         if placement.on_disk:
             self._spill(masters, placement.dtype)
             return
+        self._read([m for m in masters if m.location is not None], placement.dtype)
+        self._files = {m.location.file for m in self.masters if m.location is not None}
         for master in masters:
             self._cast(master, placement.dtype)
+
+    @staticmethod
+    def _read(masters: Sequence[Master], dtype: torch.dtype | None) -> None:
+        """Read masters from their files into host RAM, in ``dtype`` if they may be."""
+        reads = []
+        for master in masters:
+            assert master.location is not None, f"{master.name} is in RAM already"
+            cast = dtype is not None and master.castable
+            wanted = dtype if dtype is not None and cast else master.flat.dtype
+            flat = empty_in_ram((master.count,), wanted)
+            reads.append((master.location, flat))
+        if not reads:
+            return
+        total = sum(location.nbytes for location, _ in reads)
+        with progress_bar("reading weights", total) as bar:
+            read_tensors(reads, bar.update)
+        for master, (_, flat) in zip(masters, reads, strict=True):
+            master.become(flat, None)
 
     @staticmethod
     def _cast(master: Master, dtype: torch.dtype | None) -> None:
@@ -344,22 +384,18 @@ class Store:
             master.become(file.mapped(location), location)
 
     def _make_folder(self) -> Path:
-        if self._folder is not None:
-            return self._folder
         where = self._disk_dir or Path(tempfile.gettempdir())
         try:
             where.mkdir(parents=True, exist_ok=True)
-            # Named first: an interrupt behind mkdir finds what it has to remove.
-            self._folder = where / f"hookoffload-{secrets.token_hex(8)}"
-            self._folder.mkdir(mode=0o700)
+            if self._folder is None:
+                SpillFolder.sweep(where)
+                self._folder = SpillFolder(where)
+            return self._folder.create()
         except OSError as error:
             raise CheckpointError(
                 f"cannot write to disk_dir={str(where)!r}: {error.strerror}. Pass "
                 "disk_dir=, a folder that can be written, on a disk with room"
             ) from error
-        # A model that is dropped without detach leaves no files behind either.
-        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, True)
-        return self._folder
 
     def onload(self, placement: Placement) -> None:
         """Bring masters to the onload placement, from files if they rest there."""
@@ -368,18 +404,10 @@ class Store:
         for master in self.masters:
             master.reconcile()
         waiting = [m for m in self.masters if m.location is not None]
-        total = sum(m.location.nbytes for m in waiting if m.location is not None)
-        with progress_bar("reading weights", total) as bar:
-            for master in waiting:
-                master.reconcile()
-                location = master.location
-                if location is None:
-                    continue  # it was written to: the values are in RAM already
-                self._mapped[id(master)] = (master.flat, location)
-                flat = torch.empty(master.count, dtype=master.flat.dtype)
-                master.read_into(flat.view(torch.uint8))
-                master.become(flat, None)
-                bar.update(location.nbytes)
+        for master in waiting:
+            assert master.location is not None, f"{master.name} is in RAM already"
+            self._mapped[id(master)] = (master.flat, master.location)
+        self._read(waiting, placement.dtype)
         for master in self.masters:
             self._cast(master, placement.dtype)
 
@@ -402,6 +430,27 @@ class Store:
                     continue
                 location.file.write_from(location, master.flat.to(flat.dtype))
             master.become(flat, location)
+
+    @property
+    def files(self) -> frozenset[CheckpointFile]:
+        """The open files, the user's and the library's own."""
+        return frozenset(self._files)
+
+    def note_private_writes(self) -> None:
+        """Notice writes to the private maps of the user's files that moved no version.
+
+        ``tensor.data.zero_()`` and writes through NumPy count nowhere, and forwards
+        read the file. To be called while nothing has been copied ahead.
+        """
+        mapped = [
+            master
+            for master in self.masters
+            if master.location is not None and not master.location.file.writable_shared
+        ]
+        written = written_privately([master.flat for master in mapped])
+        for master, changed in zip(mapped, written, strict=True):
+            if changed:
+                master.note_change()
 
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if a file changed since it was opened."""
@@ -442,7 +491,7 @@ class Store:
         self._files.clear()
         self._mapped.clear()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             self._folder = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,28 @@ def memory(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
-def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def chunk_sizes(nbytes: int) -> Iterator[int]:
+    """Yields the sizes of the chunks, in bytes, that so many bytes are moved in."""
+    for done in range(0, nbytes, _CHUNK):
+        yield min(_CHUNK, nbytes - done)
+
+
+def pieces(
+    tensor: torch.Tensor, dtype: torch.dtype | None = None
+) -> Iterator[torch.Tensor]:
+    """Yields a tensor's elements in their order, in host RAM, a chunk at a time.
+
+    Args:
+        tensor: On any device, with any strides.
+        dtype: What to cast to, chunk by chunk; None: nothing.
+    """
+    for piece in _views(tensor.detach()):
+        # A conjugate or negative view keeps its sign apart from its bytes.
+        piece = piece.cpu().resolve_conj().resolve_neg().contiguous()
+        yield piece if dtype is None else piece.to(dtype)
+
+
+def _views(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Cuts a tensor into views of at most a chunk, in the order of its elements."""
     if tensor.nbytes == 0:
         return
@@ -31,33 +52,26 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     else:
         rows = _CHUNK // tensor[0].nbytes
         for part in torch.split(tensor, max(1, rows)):
-            yield from _pieces(part if rows else part[0])
+            yield from _views(part if rows else part[0])
 
 
-def write_tensor(
-    fd: int,
-    path: Path,
-    tensor: torch.Tensor,
-    offset: int,
-    dtype: torch.dtype | None = None,
+def write_pieces(
+    fd: int, path: Path, parts: Iterable[torch.Tensor], offset: int, *, elsewhere: str
 ) -> Iterator[int]:
-    """Writes a tensor at a byte of a file; yields the length of each chunk written.
+    """Writes contiguous CPU tensors one behind the other; yields the bytes of each.
 
     Args:
         fd: The open file.
         path: Its path, for errors.
-        tensor: On any device, with any strides.
+        parts: What to write; each is done with before the next is asked for.
         offset: The byte of the file to begin at.
-        dtype: What to cast to, chunk by chunk; None: nothing.
+        elsewhere: For errors: how to have the file in another folder.
     """
-    for piece in _pieces(tensor.detach()):
-        # A conjugate or negative view keeps its sign apart from its bytes.
-        piece = piece.cpu().resolve_conj().resolve_neg().contiguous()
-        piece = piece if dtype is None else piece.to(dtype)
-        with disk_errors(path):
-            write_at(fd, memory(piece), offset)
-        offset += piece.nbytes
-        yield piece.nbytes
+    for part in parts:
+        with disk_errors(path, elsewhere):
+            write_at(fd, memory(part), offset)
+        offset += part.nbytes
+        yield part.nbytes
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
@@ -71,7 +85,7 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path, elsewhere: str) -> Iterator[None]:
     """Turns what the disk refuses into an error that names the file and its folder."""
     try:
         yield
@@ -79,5 +93,5 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: cannot be written in the folder {path.parent}: "
             f"{error.strerror or error}. Free space there, make the folder writable, "
-            "or pass another with disk_dir=."
+            f"or {elsewhere}."
         ) from error

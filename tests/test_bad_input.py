@@ -268,7 +268,7 @@ def test_tensor_subclass_whose_bytes_lie_elsewhere_is_refused() -> None:
 def test_module_that_was_compiled_in_place_is_refused(tmp_path: Path) -> None:
     model = chain(4, 4, 4)
     model[1].compile(backend="eager")
-    with _refused(model, tmp_path, r"1 was compiled in place .*use the eager model"):
+    with _refused(model, tmp_path, r"1 was compiled in place .*Attach first"):
         attach_offload_hooks(model, OffloadPolicy(**STREAMED))
 
 
@@ -742,7 +742,7 @@ def test_disk_that_is_too_small_is_told_before_anything_is_written(
     model = tiny_model()
     assert nbytes(model) > 2**16
     with _refused(
-        model, small_disk, r"GiB free\. .*larger disk with disk_dir=", CheckpointError
+        model, small_disk, r"GiB free\. .*pass another with disk_dir=", CheckpointError
     ):
         attach_offload_hooks(model, on_disk(small_disk))
 

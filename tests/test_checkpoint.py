@@ -170,7 +170,7 @@ def test_folder_with_several_unusual_indexes_is_refused(two_shards):
     [
         ([], "has nothing"),
         (["config.json"], r"has config\.json\. Pass the folder"),
-        (["pytorch_model.bin"], r"has pytorch_model\.bin\. Convert"),
+        (["a.bin", "b.pt"], r"has a\.bin, b\.pt\. Pass the one"),
         ([f"{i:02}.txt" for i in range(20)], r"11\.txt and 8 more"),
     ],
 )

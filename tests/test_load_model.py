@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from hookoffload import (
+    CheckpointError,
     OffloadPolicy,
     Placement,
     detach,
@@ -41,6 +42,13 @@ from tests.snapshots import tensors_of
 MIB = 2**20
 STORES = ["cpu", "disk"]
 every_store = pytest.mark.parametrize("store", STORES)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def _policy(store: str, folder: Path, **fields: Any) -> OffloadPolicy:
@@ -147,6 +155,42 @@ def test_later_file_of_a_list_wins(tmp_path: Path, store: str) -> None:
     plain = chain(4, 8, 4)
     nn.init.constant_(plain[0].bias, 9.0)
     assert_same(run(model, torch.ones(1, 4)), run(plain, torch.ones(1, 4)))
+    detach(model)
+
+
+@every_store
+def test_parameter_that_replaces_one_of_the_file_is_used(
+    tmp_path: Path, tiny_file: Path, store: str
+) -> None:
+    model = load_model(TinyModel, tiny_file, _policy(store, tmp_path))
+    plain = tiny_model()
+    for one in (model, plain):
+        run(one, tokens())
+        torch.manual_seed(1)
+        one.blocks[1].up.weight = nn.Parameter(torch.randn(2 * 48, 48))
+    assert_same(run(model, tokens()), run(plain, tokens()))
+    detach(model)
+    assert_same(run(model, tokens()), run(plain, tokens()))
+
+
+def test_pattern_stands_for_the_files_that_it_fits(tmp_path: Path) -> None:
+    plain = chain(4, 8, 4)
+    for number, (name, tensor) in enumerate(plain.state_dict().items()):
+        save_file({name: tensor}, tmp_path / f"part-{number}.safetensors")
+    save_file({"other": torch.ones(1)}, tmp_path / "other.safetensors")
+    for pattern in ("part-*.safetensors", "part-[0-9].safetensors"):
+        model = load_model(
+            lambda: chain(4, 8, 4), f"{tmp_path}/{pattern}", on_disk(tmp_path / "spill")
+        )
+        assert_same(run(model, torch.ones(1, 4)), run(plain, torch.ones(1, 4)))
+        detach(model)
+    with pytest.raises(CheckpointError, match="no file fits this pattern"):
+        load_model(lambda: chain(4, 8, 4), f"{tmp_path}/x-*.safetensors")
+
+
+def test_name_with_the_characters_of_a_pattern_is_a_name(tmp_path: Path) -> None:
+    path = _save(chain(4, 8, 4), tmp_path / "model[1].safetensors")
+    model = load_model(lambda: chain(4, 8, 4), path, on_disk(tmp_path / "spill"))
     detach(model)
 
 
@@ -493,17 +537,16 @@ def test_converter_may_compute(tmp_path: Path, store: str) -> None:
         path,
         _policy(store, tmp_path),
         state_dict_converter=_unstacked,
+        cache_dir=tmp_path / "cache",
     )
-    spilled = list((tmp_path / "spill").rglob("*.safetensors"))
-    assert len(spilled) == (store == "disk"), "what is computed gets its own file"
-    for file in spilled:
-        held = sum(tensor.nbytes for tensor in load_file(file).values())
-        assert held == plain[0].weight.nbytes + plain[1].weight.nbytes
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    held = sum(tensor.nbytes for tensor in load_file(file).values())
+    assert held == plain[0].weight.nbytes + plain[1].weight.nbytes
     x = torch.randn(2, 4)
     for _ in range(2):
         assert_same(run(model, x), run(plain, x))
     detach(model)
-    assert not list((tmp_path / "spill").rglob("*.safetensors"))
+    assert not (tmp_path / "spill").exists(), "it is read from the cache"
     assert_same(run(model, x), run(plain, x))
     assert _digest(path) == digest
 

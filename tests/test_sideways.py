@@ -353,3 +353,111 @@ def test_a_view_of_a_weight_read_sideways_may_be_returned(
     with offloaded(model, store="disk", limit_gb=limit_gb, debug=True):
         for _ in range(3):
             assert same_bits(run(model, x), want)
+
+
+class _Rescales(nn.Module):
+    """Writes to its children's weights in its first forward, as RWKV does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+        self.done = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.done:
+            for layer in self.layers:
+                layer.weight.div_(2.0)
+            self.done = True
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_weight_that_is_written_to_sideways_is_let_go_behind_the_call() -> None:
+    model = _Rescales()
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 64)
+    size = sum(p.nbytes for p in model.parameters())
+    with offloaded(model, store="disk", limit_gb=0.3 * size / GIB):
+        for _ in range(2):
+            assert same_bits(run(model, x), run(plain, x))
+
+
+class _Mixer(nn.Module):
+    """Holds views of two children's weights while it calls a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.rand(64))
+        self.a, self.b, self.c, self.out = (
+            nn.Linear(64, 64, bias=False) for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x * self.own)
+        one, other = self.b.weight.view(64, 64), self.c.weight[:]
+        return self.out(x @ one @ other)
+
+
+def _mixers() -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(_Mixer() for _ in range(6)))
+    return model, copy.deepcopy(model), torch.randn(2, 64)
+
+
+@pytest.mark.parametrize("part", [1.3, 1.5, 2.0, 3.0])
+def test_views_that_are_held_do_not_cut_up_the_window(part: float) -> None:
+    model, plain, x = _mixers()
+    with offloaded(model, store="disk", limit_gb=0):
+        run(model, x)
+        least = offload_plan(model).least_bytes
+    with offloaded(model, store="disk", limit_gb=part * least / GIB):
+        for _ in range(3):
+            assert same_bits(run(model, x), run(plain, x))
+
+
+def test_limit_that_is_too_small_for_views_works_from_the_second_forward_on() -> None:
+    """What one block was seen to read, the others are taken to read as well."""
+    model, plain, x = _mixers()
+    with offloaded(model, store="disk", limit_gb=0):
+        run(model, x)
+        least = offload_plan(model).least_bytes
+    with offloaded(model, store="disk", limit_gb=1.05 * least / GIB):
+        with pytest.raises(RuntimeError, match="call the model again"):
+            run(model, x)
+        for _ in range(2):
+            assert same_bits(run(model, x), run(plain, x))
+
+
+class _TakesAnotherPath(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(WIDTH, WIDTH)
+        self.other = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, sideways: bool) -> torch.Tensor:
+        x = self.other(self.child(x))
+        return functional.linear(x, self.child.weight) if sideways else x
+
+
+def test_path_taken_later_says_what_to_do_and_works_the_next_time() -> None:
+    model = _TakesAnotherPath()
+    plain = copy.deepcopy(model).double()
+    x = torch.randn(2, WIDTH, dtype=torch.float64)
+    with offloaded(model, compute_dtype=torch.float64, store="disk", limit_gb=0):
+        for _ in range(2):
+            run(model, x, False)
+        with pytest.raises(RuntimeError, match=r"dtype.*call the model again"):
+            run(model, x, True)
+        for _ in range(2):
+            assert same_bits(run(model, x, True), run(plain, x, True))
+
+
+def test_error_that_has_nothing_to_do_with_it_says_nothing_of_weights() -> None:
+    model = linears(WIDTH, 2)
+    with offloaded(model, store="disk", limit_gb=0):
+        for _ in range(2):
+            run(model, torch.zeros(1, WIDTH))
+        with pytest.raises(RuntimeError) as error:
+            run(model, torch.zeros(1, WIDTH + 1))
+    assert "hookoffload" not in str(error.value)

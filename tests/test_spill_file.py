@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from hookoffload import spill_file, tensor_bytes
 from hookoffload.safetensors_file import CheckpointFile
 from hookoffload.safetensors_header import CheckpointError
+from hookoffload.safetensors_writer import Source, write_safetensors
 from hookoffload.spill_file import write_spill_file
 from tests.safetensors_samples import (
     DTYPES,
@@ -170,6 +171,20 @@ def test_failed_spill_leaves_nothing_behind(tmp_path, monkeypatch, no_leak, case
         assert f"in the folder {tmp_path}" in str(caught.value)
     assert os.listdir(tmp_path) == ["s.safetensors"]
     assert path.read_bytes() == b"older"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, ""), KeyboardInterrupt()])
+def test_file_that_is_not_finished_is_removed(tmp_path, monkeypatch, no_leak, error):
+    tensor = torch.arange(100)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", after_some_writes(error))
+        with pytest.raises((CheckpointError, KeyboardInterrupt)):
+            write_safetensors(
+                tmp_path / "s.safetensors",
+                {"x": Source(tensor, tensor.dtype)},
+                elsewhere="write elsewhere",
+            )
+    assert os.listdir(tmp_path) == []
 
 
 def test_disk_that_reports_its_failure_on_closing_leaves_nothing(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +290,129 @@ def test_modes_of_the_calling_thread_do_not_matter(tmp_path: Path) -> None:
         assert_same(run(model, tokens()), wanted)
         assert_same(in_thread(infer), wanted)
         assert_same(infer(), wanted)
+    detach(model)
+
+
+class FansOut(nn.Module):
+    """Has threads of its own call its branches, and waits for them."""
+
+    def __init__(self, how: str, branches: int = 3, depth: int = 0) -> None:
+        super().__init__()
+        self.how = how
+        self.own = nn.Parameter(torch.randn(16))
+        self.first = nn.Linear(16, 16)
+        self.branches = nn.ModuleList(
+            FansOut(how, branches, depth - 1)
+            if depth
+            else nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+            for _ in range(branches)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x) * self.own
+        call = torch.no_grad()(lambda branch: branch(x))  # a mode of the thread
+        if self.how == "threads":
+            outputs: list[Any] = [None] * len(self.branches)
+
+            def work(index: int) -> None:
+                outputs[index] = call(self.branches[index])
+
+            threads = [
+                threading.Thread(target=work, args=(i,)) for i in range(len(outputs))
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        elif self.how == "executor":
+            with ThreadPoolExecutor(2) as pool:
+                outputs = list(pool.map(call, self.branches))
+        else:
+            with ThreadPool(2) as pool:
+                outputs = pool.map(call, self.branches)
+        return sum(outputs) + self.own
+
+
+@pytest.mark.parametrize("how", ["threads", "executor", "pool"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_forward_may_call_its_children_in_threads_of_its_own(
+    tmp_path: Path, how: str, depth: int
+) -> None:
+    torch.manual_seed(0)
+    model = FansOut(how, depth=depth)
+    x = torch.randn(2, 16)
+    wanted = expected(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=0.00003))
+    for _ in range(3):
+        assert_same(run(model, x), wanted)
+    detach(model)
+    assert_same(run(model, x), wanted)
+
+
+def test_forward_whose_thread_raises_leaves_the_model_usable(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = FansOut("executor")
+    x = torch.randn(2, 16)
+    wanted = expected(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path))
+    handle = model.branches[1][1].register_forward_hook(_raise)
+    with pytest.raises(ValueError, match="in a branch"):
+        run(model, x)
+    handle.remove()
+    assert_same(run(model, x), wanted)
+    detach(model)
+
+
+def _raise(*_: Any) -> None:
+    raise ValueError("in a branch")
+
+
+def test_loading_in_one_thread_while_another_computes_takes_turns(
+    tmp_path: Path,
+) -> None:
+    """A forward has the weights from before a load or from behind it, never both."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
+    states = [
+        {name: torch.randn_like(t) for name, t in model.state_dict().items()}
+        for _ in range(2)
+    ]
+    x = torch.randn(2, 32)
+    wanted = []
+    for state in states:
+        model.load_state_dict(state)
+        wanted.append(run(model, x))
+    attach_offload_hooks(model, on_disk(tmp_path))
+    done = threading.Event()
+
+    def load() -> None:
+        for turn in range(20):
+            model.load_state_dict(states[turn % 2])
+        done.set()
+
+    worker = Worker(load)
+    while not done.is_set():
+        output = run(model, x)
+        assert any(torch.equal(output, one) for one in wanted)
+    worker.result()
+    assert_same(run(model, x), wanted[1])
+    detach(model)
+
+
+def test_loading_from_inside_the_forward_is_refused(tmp_path: Path) -> None:
+    class LoadsItself(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.load_state_dict(self.state_dict())
+            return self.inner(x)
+
+    model = LoadsItself()
+    attach_offload_hooks(model, on_disk(tmp_path))
+    with pytest.raises(RuntimeError, match="load_state_dict was called from inside"):
+        run(model, torch.zeros(1, 4))
     detach(model)
 
 

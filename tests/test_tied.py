@@ -101,3 +101,36 @@ def test_the_tied_embeddings_of_real_models_stay_tied(name: str) -> None:
         moved = sum(layer.copy_bytes for layer in offload_plan(model).layers)
         assert moved <= weight_bytes(model)
     assert before.differences(model) == []
+
+
+@pytest.mark.parametrize("fields", STREAMING.values(), ids=STREAMING)
+@pytest.mark.parametrize("when", ["at rest", "behind a forward", "before detach"])
+@pytest.mark.parametrize("index", [0, 2])
+def test_tensor_that_is_given_other_data_no_longer_shares_it(
+    fields: dict[str, Any], when: str, index: int
+) -> None:
+    """``tensor.data = new`` unties overlapping views, as it does without hooks."""
+    model = _overlapping()
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 32)
+    new = torch.randn(32, 32)
+    reference = fields.get("compute_dtype") or x.dtype
+    with offloaded(model, **fields):
+        if when == "behind a forward":
+            for _ in range(2):
+                run(model, x.to(reference))
+        model[index].weight.data = new.clone()
+        twin[index].weight.data = new.clone()
+        if when != "before detach":
+            for _ in range(2):
+                output = run(model, x.to(reference))
+                assert same_bits(
+                    output, run(copy.deepcopy(twin).to(reference), x.to(reference))
+                )
+            for one, other in zip(
+                model.state_dict().values(), twin.state_dict().values(), strict=True
+            ):
+                assert same_bits(one, other)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert same_bits(one, other)
+    assert same_bits(run(model, x), run(twin, x))

@@ -68,6 +68,12 @@ class Traces:
             if _overlap(one, other)
         ]
 
+    def note_untied(self, tensor: Tensor) -> None:
+        """Takes a tensor, which was given other data, for one that shares none."""
+        self._ties = [
+            tie for tie in self._ties if tie[0] is not tensor and tie[1] is not tensor
+        ]
+
     def note_tensors(self) -> None:
         """Takes the tensors of this moment for the ones to be found again."""
         now = _objects(self._model)

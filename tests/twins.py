@@ -412,14 +412,18 @@ class Twin:
             if 0 in tensor.stride():
                 return
             new = _new_values(tensor, action.seed)
-            # Swapped data must not untie the reference's tensors.
-            if action.how == "swap" and tensor is tensors[index]:
-                tensor.data = new
+            if action.how == "swap":
+                tensor.data = new  # unties it from tensors that it shared memory with
             elif action.how == "data":
                 tensor.data.copy_(new)
             else:
                 with torch.no_grad():
                     tensor.copy_(new)
+        if action.how == "swap":
+            self._traces.note_untied(tensors[index])
+            if self._computing is not self._rest:
+                alone = list(tensors_of(self._computing).values())[index]
+                alone.data = alone.data.clone()
 
     # -- the reference --------------------------------------------------------------
 

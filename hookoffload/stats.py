@@ -1,4 +1,4 @@
-"""Figures of what has happened."""
+"""Figures of what has happened, counted always."""
 
 from __future__ import annotations
 

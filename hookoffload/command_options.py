@@ -1,0 +1,71 @@
+"""What several commands of the command line share: options, numbers, lines."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import textwrap
+from typing import Any, Literal
+
+from .demo import emit
+
+Commands = Any  # what add_subparsers returns; argparse keeps its name private
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Adds --store."""
+    parser.add_argument(
+        "--store",
+        choices=("cpu", "disk"),
+        help="where weights rest (default: RAM for a GPU, disk where the CPU computes)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds --json."""
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object, sizes in bytes"
+    )
+
+
+def usual_store(device: str) -> Literal["cpu", "disk"]:
+    """Returns where weights rest by default."""
+    return "disk" if device.startswith("cpu") else "cpu"
+
+
+def terminal_width() -> int:
+    """Returns the columns of the terminal; 80 for a pipe."""
+    return max(shutil.get_terminal_size().columns, 20)
+
+
+def say(text: str, width: int) -> None:
+    """Writes a paragraph, wrapped."""
+    for line in textwrap.wrap(text, width, break_on_hyphens=False):
+        emit(line)
+
+
+def positive(text: str) -> float:
+    """Reads a number above 0, as argparse wants it done."""
+    number = not_negative(text)
+    if not number:
+        raise argparse.ArgumentTypeError(f"{text} should be more than 0")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """Reads a number from 0 on."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (number >= 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a number, 0 or more")
+    return number
+
+
+def count(text: str) -> int:
+    """Reads a whole number from 1 on."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number from 1 on")
+    return int(text)

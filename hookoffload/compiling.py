@@ -1,0 +1,22 @@
+"""Keeps TorchDynamo out of the hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+HookT = TypeVar("HookT", bound=Callable[..., Any])
+
+
+def outside_graphs(hook: HookT) -> HookT:
+    """Return a hook that runs uncompiled, with everything that it calls."""
+    disabled: HookT = torch.compiler.disable(hook)
+    return disabled
+
+
+def dynamo_is_at_work() -> bool:
+    """Tell whether Dynamo traces this, or compiles what runs between two graphs."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None

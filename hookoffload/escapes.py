@@ -1,0 +1,234 @@
+"""What a forward may not take along: views of memory that is used again, and gradients.
+
+[Note: escapes]
+Behind a forward the bytes of a streamed layer are overwritten by those of another one.
+Whatever the forward hands out or keeps that looks at them must not be let go as it is:
+
+* tensors in its output, in the containers and objects among its inputs and, as long as
+  the probe looks, in the attributes of its module: they become copies, in place;
+* a graph for backward through the layer's weights: `RuntimeError` at the output;
+* the same graph kept on the side: PyTorch asks a hook about every tensor that it saves
+  for backward. The hook belongs to the thread, from the beginning of the outermost call
+  to its end. Ctrl-C leaves it there, inert, until the next call or detach.
+
+A view that is hidden elsewhere (in a global, in a container that is not among the
+inputs) escapes; poisoned memory (``OffloadPolicy(debug=True)``) shows it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from .calls import CallTracker, calls_under_way
+from .containers import replace_tensors, tensors_in, tensors_within
+from .device_memory import DeviceMemory
+from .layer import Layer
+
+if TYPE_CHECKING:
+    from .hooks import Site
+
+_PLAIN = (torch.Tensor, int, float, bool, str, type(None))
+
+
+class Escapes:
+    """Looks at what leaves the forwards of one model.
+
+    Args:
+        model: the root module.
+        memory: the compute device's.
+        calls: who is inside the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, memory: DeviceMemory, calls: CallTracker
+    ) -> None:
+        self._memory = memory
+        self._calls = calls
+        self._model_name = type(model).__name__
+        self._names: dict[int, str] = {}
+        self._guard: torch.autograd.graph.saved_tensors_hooks | None = None
+        self._guarded: threading.Thread | None = None
+
+    def set_sites(self, sites: Iterable[Site]) -> None:
+        """Learn the names of modules, for errors."""
+        self._names = {id(site.module): site.name for site in sites}
+
+    # -- views ----------------------------------------------------------------------
+
+    def checked_output(
+        self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Return an output that is safe to keep when the layers are released.
+
+        Returns:
+            The output to use instead; None if it is fine as it is.
+
+        Raises:
+            RuntimeError: It would need a gradient through a streamed weight, or cannot
+                be kept clear of memory that is used again.
+        """
+        if all(_stays(layer) for layer in site.layers):
+            return None
+        for value in (*args, *kwargs.values()):
+            if not isinstance(value, _PLAIN):
+                self._clear(value, self._is_view, site.name)
+        if output is None:
+            return None
+        for tensor in tensors_within(output):
+            if tensor.grad_fn is not None:
+                self.refuse_gradient(site, tensor, args)
+        return self.outside_window(output, site.name)
+
+    def clear_attributes(self, site: Site) -> None:
+        """Copy views of the window that a module has kept in its own attributes."""
+        if all(_stays(layer) for layer in site.layers):
+            return
+        attributes = site.module.__dict__
+        for name, value in list(attributes.items()):
+            if name.startswith("_") and name in _OF_PYTORCH:
+                continue
+            cleared = self._clear(value, self._is_view, site.name)
+            if cleared is not None:
+                attributes[name] = cleared
+
+    def in_window(self, output: Any) -> bool:
+        """Tell whether a tensor among these will have other bytes soon."""
+        return any(map(self._is_borrowed, tensors_within(output)))
+
+    def outside_window(self, output: Any, name: str = "") -> Any:
+        """Return an output clear of memory that is used again; None if it is so.
+
+        Raises:
+            RuntimeError: It cannot be made so.
+        """
+        if isinstance(output, torch.Tensor):  # nearly always
+            return output.clone() if self._is_borrowed(output) else None
+        return self._clear(output, self._is_borrowed, name)
+
+    def _clear(
+        self, value: Any, is_borrowed: Callable[[torch.Tensor], bool], name: str
+    ) -> Any:
+        borrowed = {id(t): t for t in tensors_within(value) if is_borrowed(t)}
+        if not borrowed:
+            return None
+        cleared = replace_tensors(
+            value, lambda tensor: tensor.clone() if id(tensor) in borrowed else tensor
+        )
+        if any(id(tensor) in borrowed for tensor in tensors_within(cleared)):
+            raise RuntimeError(
+                f"{name or self._model_name} returns or keeps a {type(value).__name__} "
+                "that holds a view of its streamed weights, which are overwritten "
+                "behind its forward, and the view cannot be replaced by a copy there. "
+                "Return a tensor or a container of tensors, or clone() the view"
+            )
+        return cleared
+
+    def _is_borrowed(self, tensor: torch.Tensor) -> bool:
+        """Tell whether an output will have other bytes soon.
+
+        A parameter will: its bytes change with its bindings.
+        """
+        memory = self._memory
+        if isinstance(tensor, nn.Parameter) and tensor.device == memory.device:
+            return True
+        return self._is_view(tensor)
+
+    def _is_view(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor is a view of memory that is used again."""
+        memory = self._memory
+        if isinstance(tensor, nn.Parameter) or tensor.device != memory.device:
+            return False
+        if tensor.layout is not torch.strided:
+            return False
+        try:
+            return memory.overlaps_transient(tensor.data_ptr())
+        except RuntimeError:
+            return True  # wrapped by a transform (vmap, jvp): nobody can say
+
+    # -- gradients ------------------------------------------------------------------
+
+    def guard_graph(self) -> None:
+        """Have PyTorch ask about what it saves for backward.
+
+        Also under no_grad: a forward can enable gradients for itself.
+
+        Raises:
+            RuntimeError: A transform is under way that does not allow it.
+        """
+        if self._guard is not None:
+            return
+        # An interrupted call leaves the hook behind: it must not keep the model.
+        escapes = weakref.ref(self)
+
+        def look(tensor: torch.Tensor) -> torch.Tensor:
+            alive = escapes()
+            return tensor if alive is None else alive._refuse_to_keep(tensor)
+
+        guard = torch.autograd.graph.saved_tensors_hooks(look, _as_it_is)
+        try:
+            torch.empty(0).data_ptr()  # jvp wraps all that is made inside it
+            guard.__enter__()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self._model_name} has offload hooks attached, which run inference: "
+                f"torch.func's grad, jvp and their kin do not go through ({error}). "
+                "Call detach(model) first"
+            ) from error
+        self._guard, self._guarded = guard, threading.current_thread()
+
+    def drop_guard(self) -> None:
+        """Undo `guard_graph`; one that another thread left stays there, inert."""
+        guard, self._guard = self._guard, None
+        if guard is not None and self._guarded is threading.current_thread():
+            guard.__exit__()
+
+    def _refuse_to_keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Raise if autograd keeps a streamed weight for backward."""
+        memory = self._memory
+        plain = tensor.device == memory.device and tensor.layout is torch.strided
+        if self._calls.depth and plain and memory.overlaps_transient(tensor.data_ptr()):
+            inside = (self._names.get(id(module)) for module in calls_under_way())
+            self._refuse(next((name for name in inside if name), ""))
+        return tensor
+
+    def refuse_gradient(
+        self, site: Site, output: torch.Tensor, args: tuple[Any, ...]
+    ) -> None:
+        """Raise if an output carries a graph through weights that are gone later.
+
+        Without gradients enabled around it, a forward may pass an input on that has a
+        graph of its own; what else has one was made in the forward.
+        """
+        passed_on = any(output is tensor for tensor in tensors_in(args))
+        if output.grad_fn is not None and (torch.is_grad_enabled() or not passed_on):
+            self._refuse(site.name)
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise RuntimeError(
+            f"{name or self._model_name} is streamed, and its output would need a "
+            "gradient through weights that are not there any more at backward. "
+            "hookoffload runs inference: call the model under torch.no_grad() or "
+            "torch.inference_mode(). To train, detach(model), or attach without a "
+            "limit (limit_gb=None) where it fits"
+        )
+
+
+# What nn.Module keeps in a module's __dict__ for itself.
+_OF_PYTORCH = frozenset(nn.Module().__dict__)
+
+
+def _stays(layer: Layer) -> bool:
+    """Tell whether a bound layer's bytes stay where they are behind its forward."""
+    if layer.stays_bound:
+        return True
+    return layer.resident is not None and layer.can_stay_bound
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

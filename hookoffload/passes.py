@@ -1,0 +1,175 @@
+"""Passes: what happens where a forward of the root begins and ends."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .budget import BudgetExceededError
+from .calls import in_functional_call
+from .containers import tensors_in
+from .plan import Plan
+from .probe import Probe, hint_at_sideways_reads, reads_of_siblings
+
+if TYPE_CHECKING:
+    from .session import Session
+
+logger = logging.getLogger(__name__)
+
+
+class Passes:
+    """Begins and ends the passes of one session.
+
+    Attributes:
+        joined: pairs of a module's name and the name of a tensor of another one: the
+            tensor was seen to be used by the module, and comes with it.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.joined: list[tuple[str, str]] = []
+        self._asked_for: set[int] = set()
+        self._seen: set[int] = set()
+        self._probe_next = True
+        self._left_probes: list[Probe] = []
+        self._autocast_cache = True
+
+    def set_layers(self, asked_for: set[int]) -> None:
+        """Learn which layers sites need, after layers were built."""
+        self._asked_for = asked_for
+        self._seen = set()  # those of them that a forward has asked for
+
+    def probe_next(self) -> None:
+        """Have the probe look at the next pass."""
+        self._probe_next = True
+
+    def begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Get ready for one forward of the root; return inputs that were moved."""
+        session = self._session
+        self._autocast_cache = torch.is_autocast_cache_enabled()
+        session.store.check_unchanged()
+        if session.inventory.replaced() and not in_functional_call():
+            with torch.inference_mode(False):
+                session.take_over_replaced()
+        if moved := session.inventory.given_other_data():
+            for master, member in moved:
+                master.check_same(member)
+            session.sync_masters()
+        session.begin_outermost_call()
+        size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
+        probing = self._probe_next and bool(session.sites)
+        first = probing and not session.mover.counters.forwards
+        self.apply(session.planner.for_pass(size, probing=first))
+        if not session.hooks_hang and not session.all_stay:
+            session.register_hooks()
+        self.retire_probe()  # of a pass that was interrupted at its very end
+        if probing:
+            session.probe = Probe(session)
+        if session.recorder is not None:
+            session.recorder.begin_pass()
+        session.mover.order.begin_pass()
+        if not session.all_stay:
+            session.mover.prefetch()
+        inputs = session.to_compute_device((args, kwargs))
+        if torch.is_autocast_enabled(session.policy.compute_device.type):
+            # It would keep a cast copy of every weight, beyond any limit.
+            torch.set_autocast_cache_enabled(False)
+        if session.probe is not None:
+            session.probe.begin()
+        return inputs  # type: ignore[no-any-return]
+
+    def end(self, *, complete: bool) -> None:
+        """Account for the forward that has ended."""
+        session = self._session
+        joined: list[tuple[str, str]] = []
+        torch.set_autocast_cache_enabled(self._autocast_cache)
+        error = sys.exc_info()[1]
+        if session.probe is not None:
+            joined = session.probe.end()
+            session.probe = None
+        elif not complete and error is not None and not session.all_stay:
+            hint_at_sideways_reads(error)
+        if not complete and isinstance(error, torch.OutOfMemoryError):
+            # The next call must find more: half of what the residents took.
+            half = session.plan.resident_bytes // 2
+            session.planner.step_down(session.plan.total_bytes - half)
+        # A tensor may be used sideways on a path that this pass did not take: look
+        # again after an exception, which may come from just that, and as long as there
+        # are layers that no forward has asked for.
+        self._seen.update(session.mover.order.recorded)
+        self._probe_next = not complete or not self._asked_for <= self._seen
+        session.mover.order.end_pass(complete)
+        session.mover.counters.forwards += complete
+        if session.recorder is not None:
+            session.recorder.end_pass(complete=complete)
+        session.planner.after_pass(complete=complete)
+        # They may also be why the limit was too small: the next forward plans for them.
+        if joined and complete:
+            self._join(joined)
+        elif joined and isinstance(error, BudgetExceededError):
+            self._join(joined)
+            error.args = (
+                f"{error} [hookoffload: modules were found to read weights of other "
+                "ones, which the plan knows from now on: call the model again]",
+            )
+        if complete and session.hooks_hang and session.all_stay:
+            session.remove_hooks()
+
+    def apply(self, plan: Plan) -> None:
+        """Make memory what the plan says, or less where the device has less."""
+        session = self._session
+        while True:
+            try:
+                session.mover.apply(plan)
+                return
+            except torch.OutOfMemoryError:
+                # Nine tenths: the forward needs something too.
+                if not session.planner.step_down(session.mover.reached_bytes * 9 // 10):
+                    raise
+                plan = session.planner.plan
+
+    def interrupted(self) -> None:
+        """Clean up behind a pass that never reached its end."""
+        session = self._session
+        if session.recorder is not None:
+            session.recorder.end_pass(complete=False)
+        session.mover.order.end_pass(complete=False)
+        self._probe_next = True
+
+    def retire_probe(self) -> None:
+        """End a probe that was interrupted; it leaves the thread that it watched.
+
+        Only that thread can take it off its stack of modes: the others leave it there,
+        blind, for the next hook that runs in it.
+        """
+        session = self._session
+        if session.probe is not None:
+            self._left_probes.append(session.probe)
+            session.probe.abandon()
+            session.probe = None
+        self._left_probes = [p for p in self._left_probes if not p.has_left()]
+
+    def _join(self, joined: list[tuple[str, str]]) -> None:
+        """Let tensors that were used sideways come with the modules that use them."""
+        session = self._session
+        before = self.joined
+        alike = reads_of_siblings(session.model, joined)
+        self.joined = list(dict.fromkeys([*before, *joined, *alike]))
+        try:
+            session.rebuild()
+        except BudgetExceededError as error:
+            logger.warning(
+                "%s read(s) weights of other modules, which do not fit the limit for "
+                "that long; they are brought in each time they are used. %s",
+                ", ".join(sorted({user or "the model" for user, _ in joined})),
+                error,
+            )
+            self.joined = before
+            session.rebuild()
+            self._probe_next = True
+        session.adapters.warn_of_unused()

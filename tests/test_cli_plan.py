@@ -1,0 +1,220 @@
+"""The command ``hookoffload plan``: what its user sees, and what mistakes say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hookoffload import OffloadPolicy, offload_plan
+from hookoffload.cli import main
+from tests.sparse_checkpoints import write_sparse, write_sparse_shards
+from tests.test_cli import error_of
+
+GIB = 2**30
+NO_GPU = pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="there is an accelerator"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Returns a checkpoint of 20 GiB: 40 blocks of a quarter GiB and another."""
+    shape = ("BF16", (8192, 16384))
+    parts = ("attn.to_q", "mlp.up")
+    names = [f"blocks.{i}.{part}.weight" for i in range(40) for part in parts]
+    return write_sparse_shards(tmp_path, dict.fromkeys(names, shape), 4)
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    assert main(["plan", *map(str, argv)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def record_of(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(output_of(capsys, *argv, "--json"))
+    return record
+
+
+def test_plan_is_that_of_the_library(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = output_of(capsys, folder, "--limit-gb=8", "--device=cuda")
+    plan = offload_plan(folder, OffloadPolicy(limit_gb=8, compute_device="cuda"))
+    assert str(plan) in out
+    assert f"{folder}: 20.000 GiB in RAM, to compute on cuda" in " ".join(out.split())
+
+
+def test_record_is_one_json_object(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(capsys, folder, "--limit-gb=8", "--device=cuda")
+    assert record["device"] == "cuda"
+    assert record["limit_bytes"] == 8 * GIB
+    assert record["predicted"] is None
+    assert "curve" not in record
+    assert [group["name"] for group in record["groups"]] == [
+        "blocks.0-39.attn.to_q",
+        "blocks.0-39.mlp.up",
+    ]
+
+
+def test_seconds_come_from_the_rates_that_are_given(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--limit-gb=0", "--store=disk", "--device=cuda"]
+    rates = ["--link-gb-s=10", "--disk-gb-s=2.5", "--compute-s=1.5"]
+    record = record_of(capsys, folder, *options, *rates)
+    assert record["predicted"] == {
+        "compute_seconds": 1.5,
+        "link_seconds": 2.0,
+        "disk_seconds": 8.0,
+        "seconds": 8.0,
+        "complete": True,
+    }
+    out = output_of(capsys, folder, *options)
+    assert "predicted" not in out
+    assert "hookoffload doctor measures it" in " ".join(out.split())
+
+
+def test_curve_shows_what_other_limits_would_give(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--device=cuda", "--link-gb-s=10", "--compute-s=0.5", "--curve"]
+    curve = record_of(capsys, folder, *options)["curve"]
+    assert curve[0]["seconds"] == 2.0
+    assert curve[-1] == {
+        "limit_bytes": 20 * GIB,
+        "seconds": 0.5,
+        "resident_bytes": 20 * GIB,
+    }
+    out = output_of(capsys, folder, *options)
+    assert out.count("#") > 40
+    assert "at least" not in out
+    assert "at least" in output_of(capsys, folder, "--link-gb-s=10", "--curve")
+
+
+def test_room_for_activations_is_taken_from_the_residents(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without, with_room = (
+        record_of(capsys, folder, "--limit-gb=8", f"--activations-gb={gib}")
+        for gib in (0, 3)
+    )
+    less = without["resident_bytes"] - with_room["resident_bytes"]
+    assert 2.5 * GIB < less < 3.5 * GIB
+
+
+@NO_GPU
+def test_machine_without_a_gpu_plans_for_cuda_and_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = output_of(capsys, folder, "--limit-gb=8")
+    assert "to compute on cuda (there is none here)" in " ".join(out.split())
+
+
+def test_weights_rest_on_disk_where_the_cpu_computes(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(capsys, folder, "--limit-gb=8", "--device=cpu")
+    assert record["disk_bytes"] == record["pass_bytes"] > 0
+    assert record["link_bytes"] == 0
+    in_ram = record_of(capsys, folder, "--device=cpu", "--store=cpu")
+    assert in_ram["pass_bytes"] == 0
+
+
+def test_several_files_are_one_checkpoint(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    assert record_of(capsys, *files)["layers"] == 80
+    assert record_of(capsys, *files[:2])["layers"] == 40
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_output_fits_the_terminal(
+    columns: int,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.chdir(folder)
+    options = ["--limit-gb=8", "--link-gb-s=3", "--store=disk", "--curve"]
+    lines = output_of(capsys, ".", *options).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert any("attn.to_q" in line for line in lines)
+
+
+def test_pipe_that_closes_early_ends_it_quietly(folder: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hookoffload", "plan", str(folder), "--curve"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(60), err) == (2, b"")
+
+
+def test_path_that_does_not_exist_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "does not exist" in error_of(capsys, "plan", str(tmp_path / "gone"))
+
+
+def test_folder_without_weights_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "readme.txt").touch()
+    assert "readme.txt" in error_of(capsys, "plan", str(tmp_path))
+
+
+def test_file_that_is_damaged_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_sparse(tmp_path / "a.safetensors", {"w": ("F32", (1000,))})
+    os.truncate(path, path.stat().st_size - 1)
+    assert "fetch it again" in error_of(capsys, "plan", str(path))
+
+
+def test_limit_that_cannot_work_is_told_with_the_smallest_that_does(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(capsys, "plan", str(folder), "--limit-gb=0.1", "--device=cuda")
+    smallest = error.split("Set limit_gb=")[1].split()[0]
+    assert float(smallest) == 0.25
+    record = record_of(capsys, folder, f"--limit-gb={smallest}", "--device=cuda")
+    assert record["together_bytes"] == GIB // 4
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--limit-gb=-1", "limit_gb=-1.0"),
+        ("--limit-gb=nan", "limit_gb=nan"),
+        ("--limit-gb=much", "--limit-gb"),
+        ("--device=toaster", "toaster"),
+        ("--device=meta", "meta"),
+        ("--link-gb-s=0", "--link-gb-s"),
+        ("--disk-gb-s=inf", "--disk-gb-s"),
+        ("--compute-s=nan", "--compute-s"),
+        ("--activations-gb=-1", "--activations-gb"),
+        ("--store=cloud", "cloud"),
+    ],
+)
+def test_option_that_makes_no_sense_is_told(
+    option: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in error_of(capsys, "plan", str(folder), option)
