@@ -76,8 +76,10 @@ class Escapes:
         if all(_stays(layer) for layer in site.layers):
             return None
         for value in (*args, *kwargs.values()):
-            if not isinstance(value, _PLAIN):
+            if type(value) is not torch.Tensor and not isinstance(value, _PLAIN):
                 self._clear(value, self._is_view, site.name)
+        if type(output) is torch.Tensor and output.grad_fn is None:  # nearly always
+            return output.clone() if self._is_view(output) else None
         if output is None:
             return None
         for tensor in tensors_within(output):
@@ -107,7 +109,7 @@ class Escapes:
         Raises:
             RuntimeError: It cannot be made so.
         """
-        if isinstance(output, torch.Tensor):  # nearly always
+        if isinstance(output, torch.Tensor):
             return output.clone() if self._is_borrowed(output) else None
         return self._clear(output, self._is_borrowed, name)
 
@@ -142,7 +144,10 @@ class Escapes:
     def _is_view(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor is a view of memory that is used again."""
         memory = self._memory
-        if isinstance(tensor, nn.Parameter) or tensor.device != memory.device:
+        if tensor.device != memory.device:
+            return False
+        # Asking whether a tensor is a Parameter is slow, and most are none.
+        if type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter):
             return False
         if tensor.layout is not torch.strided:
             return False

@@ -107,6 +107,7 @@ class LayerMover:
             self.drop_all()
             raise
         self.engine.fence()
+        self.order.unsettle()
         self.plan = plan
 
     def _resize(self, plan: Plan) -> None:
@@ -395,20 +396,29 @@ class LayerMover:
 
     def prefetch(self) -> None:
         """Start copying the next layers of the order that now fit."""
-        layers = self.layers
-        for index in self.order.upcoming():
+        layers, order = self.layers, self.order
+        settling = True
+        for index in order.unsettled():
             layer = layers[index]
-            if layer.bound or layer.copy is not None or layer.stays_bound:
+            if layer.bound:
+                settling = False  # whether it is needed again is seen when it is free
                 continue
-            if layer.resident is not None:
-                if layer.copied_revision >= 0 or not layer.copies_into_residence:
-                    continue
-                if self._under_way > _RESIDENT_BYTES_UNDER_WAY:
+            if not self._is_ahead(layer):
+                resident = layer.resident is not None
+                if resident and self._under_way > _RESIDENT_BYTES_UNDER_WAY:
                     return
-            elif not layer.stream_bytes or layer.held:
-                continue  # nothing to copy, or its place is not known beforehand
-            if not self._start(layer, now=False):
-                return
+                if not self._start(layer, now=False):
+                    return
+            settling = settling and order.settle(index)
+
+    def _is_ahead(self, layer: Layer) -> bool:
+        """Tell whether there is nothing to start for a layer before its forward."""
+        if layer.copy is not None or layer.stays_bound:
+            return True
+        if layer.resident is not None:
+            return layer.copied_revision >= 0 or not layer.copies_into_residence
+        # Where a held layer goes is not known beforehand.
+        return not layer.stream_bytes or layer.held
 
     def cancel_prefetches(self) -> None:
         """Give up copies that no forward has asked for yet."""
@@ -419,6 +429,7 @@ class LayerMover:
     def _cancel(self, layer: Layer) -> None:
         copy = layer.copy
         assert copy is not None
+        self.order.unsettle()
         copy.queued.wait()
         layer.copy = None
         layer.copied_revision = -1
@@ -440,6 +451,7 @@ class LayerMover:
 
     def evict(self, layer: Layer) -> None:
         """Make a resident layer rest again; what was written to it is kept."""
+        self.order.unsettle()
         if layer.copy is not None:
             self._cancel(layer)
         if layer.stays_bound and not layer.bound:

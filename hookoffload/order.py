@@ -23,7 +23,14 @@ class ExecutionOrder:
         ((0, 2, 1), [0, 2])
     """
 
-    __slots__ = ("_cursor", "_in_pass", "_positions", "_recorded", "_sequence")
+    __slots__ = (
+        "_cursor",
+        "_in_pass",
+        "_positions",
+        "_recorded",
+        "_sequence",
+        "_settled",
+    )
 
     def __init__(self, predicted: Sequence[int]) -> None:
         """Starts at the beginning of a prediction, outside of any pass.
@@ -35,6 +42,7 @@ class ExecutionOrder:
         self._sequence: tuple[int, ...] = ()
         self._positions: dict[int, list[int]] = {}
         self._cursor = 0
+        self._settled = 0
         self._recorded: list[int] = []
         self._in_pass = False
         self._predict(tuple(predicted))
@@ -51,7 +59,7 @@ class ExecutionOrder:
 
     def begin_pass(self) -> None:
         """Starts recording a pass at the beginning of the prediction."""
-        self._cursor = 0
+        self._rewind()
         self._recorded = []
         self._in_pass = True
 
@@ -74,13 +82,41 @@ class ExecutionOrder:
         cursor = self._cursor
         hit = bool(sequence) and sequence[cursor] == layer
         if not hit:
+            self._settled = 0
             positions = self._positions.get(layer)
             if positions is None:
                 return False
             later = bisect_right(positions, cursor)
             cursor = positions[later if later < len(positions) else 0]
         self._cursor = (cursor + 1) % len(sequence)
+        self._settled = max(self._settled - 1, 0)
         return hit
+
+    def unsettled(self) -> Iterator[int]:
+        """Yields what `upcoming` does, without the first ones that were settled."""
+        count = len(self._sequence) - self._settled
+        return _lap(self._sequence, self._cursor + self._settled, count)
+
+    def settle(self, layer: int) -> bool:
+        """Notes that the next unsettled layer needs nothing before its visit.
+
+        So a prefetch need not look through all copies that are on their way already.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            False if that cannot be noted: one that runs several times in a pass is
+            used up by each visit.
+        """
+        if len(self._positions[layer]) > 1:
+            return False
+        self._settled += 1
+        return True
+
+    def unsettle(self) -> None:
+        """Forgets what was settled, because copies were given up."""
+        self._settled = 0
 
     def upcoming(self, count_limit: int | None = None) -> Iterator[int]:
         """Yields the layers expected next, going on into the next pass.
@@ -107,7 +143,7 @@ class ExecutionOrder:
         if not self._in_pass:
             return
         self._in_pass = False
-        self._cursor = 0
+        self._rewind()
         if complete and self._recorded:
             recorded = tuple(self._recorded)
             if recorded != self._sequence:
@@ -125,9 +161,15 @@ class ExecutionOrder:
         self._in_pass = False
         self._predict(tuple(predicted))
 
+    def _rewind(self) -> None:
+        if self._cursor:  # a whole pass ends where it begins
+            self._cursor = 0
+            self._settled = 0
+
     def _predict(self, sequence: tuple[int, ...]) -> None:
         self._sequence = sequence
         self._cursor = 0
+        self._settled = 0
         self._positions = {}
         for position, layer in enumerate(sequence):
             self._positions.setdefault(layer, []).append(position)
@@ -136,4 +178,4 @@ class ExecutionOrder:
 def _lap(sequence: tuple[int, ...], start: int, count: int) -> Iterator[int]:
     length = len(sequence)
     for position in range(start, start + count):
-        yield sequence[position if position < length else position - length]
+        yield sequence[position % length]

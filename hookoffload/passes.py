@@ -65,7 +65,8 @@ class Passes:
         probing = self._probe_next and bool(session.sites)
         first = probing and not session.mover.counters.forwards
         self.apply(session.planner.for_pass(size, probing=first))
-        if not session.hooks_hang and not session.all_stay:
+        all_stay = session.all_stay
+        if not session.hooks_hang and not all_stay:
             session.register_hooks()
         self.retire_probe()  # of a pass that was interrupted at its very end
         if probing:
@@ -73,7 +74,7 @@ class Passes:
         if session.recorder is not None:
             session.recorder.begin_pass()
         session.mover.order.begin_pass()
-        if not session.all_stay:
+        if not all_stay:
             session.mover.prefetch()
         inputs = session.to_compute_device((args, kwargs))
         if torch.is_autocast_enabled(session.policy.compute_device.type):

@@ -149,9 +149,10 @@ class RegionRing(_Block):
     """Hands out the bytes of a block first in, first out.
 
     Regions are taken at the head, which wraps to the start of the block when the rest
-    up to its end is too short. They may be freed in any order, but their space comes
-    back oldest first. Freed bytes carry the token of their last owner, which goes to
-    every later owner that overwrites some of them.
+    up to its end is too short. They may be freed in any order; their space comes back
+    from the oldest on, and from the youngest back, up to those that live. Freed bytes
+    carry the token of their last owner, which goes to every later owner that
+    overwrites some of them.
 
     Example:
         >>> ring = RegionRing(10)
@@ -180,7 +181,7 @@ class RegionRing(_Block):
 
     @property
     def used(self) -> int:
-        """Bytes that cannot be taken: live, or freed behind an older live region."""
+        """Bytes that cannot be taken: live, or freed between two live regions."""
         return self._used
 
     def allocate(self, nbytes: int) -> tuple[Region, tuple[object, ...]] | None:
@@ -218,6 +219,12 @@ class RegionRing(_Block):
         queue = self._queue
         while queue and queue[0].freed:
             self._used -= queue.popleft().nbytes
+        # Copies that were given up are the youngest: the head goes back in front of
+        # them, or a region that lives long would keep their space as well.
+        while queue and queue[-1].freed:
+            youngest = queue.pop()
+            self._used -= youngest.nbytes
+            self._head = youngest.offset
 
     def reset(self) -> None:
         """Takes all regions back and forgets all tokens."""

@@ -96,6 +96,7 @@ class Session(NotCopied):
         self._masters: dict[int, Master] = {}
         self._outside_handles: list[RemovableHandle] = []
         self.hooks_hang = False
+        self._call_begun = False
         self.passes = Passes(self)
         self.calls = CallTracker(frozenset(id(m) for m in model.modules()))
         self.escapes = Escapes(model, self.mover.memory, self.calls)
@@ -281,13 +282,17 @@ class Session(NotCopied):
 
     def begin_outermost_call(self) -> None:
         """Get ready for calls, of the root or of a part."""
+        if self._call_begun:
+            return
         if not self.all_stay:
             self.escapes.guard_graph()
         if not self.onloaded:
             self.onload()
         self.always.enter()
+        self._call_begun = True
 
     def _end_outermost_call(self) -> None:
+        self._call_begun = False
         self.escapes.drop_guard()
         self.always.leave(training=self.model.training)
 
@@ -376,6 +381,7 @@ class Session(NotCopied):
 
     def take_over_replaced(self) -> None:
         """Manage parameters that replaced others (``load_state_dict(assign=True)``)."""
+        self._untie()  # or one's new bytes would go to the others as well
         try:
             check_tensors(self.model)
         except ValueError as error:
@@ -396,20 +402,22 @@ class Session(NotCopied):
                 self.take_over_replaced()
 
     def _untie(self) -> list[Master]:
-        """Part tensors that shared memory, as far as they were given other data.
+        """Part tensors that were given other data from what they shared memory with.
 
         ``tensor.data = new`` gives one of them new bytes, and must not change those
-        of the others.
+        of the others. New strides need a master of their own as well.
 
         Returns:
             The masters of those that are alone now. They belong to no layer yet.
         """
         parted = []
         for master, member in self.inventory.given_other_data():
-            if len(master.members) > 1 and master.is_same(member):
+            shared = len(master.members) > 1 or member.tensor.stride() != member.stride
+            if shared and master.is_same(member):
                 parted.append(master.split_off(member))
                 self._masters[id(member.tensor)] = parted[-1]
-                self._masters[id(master.members[0].tensor)] = master
+                if master.members:
+                    self._masters[id(master.members[0].tensor)] = master
         return parted
 
     def _take_stock(self) -> None:

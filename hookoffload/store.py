@@ -129,7 +129,8 @@ class Master:
     @property
     def nbytes(self) -> int:
         """Bytes at rest."""
-        return self.count * self.codec.rest.itemsize
+        # What moves as bytes has the codec of its first member only.
+        return self.count * (1 if self.mixed else self.codec.rest.itemsize)
 
     def is_of(self, group: TensorGroup) -> bool:
         """Tell whether the members are the tensor objects of a group."""
@@ -171,12 +172,15 @@ class Master:
     def split_off(self, member: Member) -> Master:
         """Give a member that was given other data a master of its own.
 
-        The others keep the bytes that they shared with it.
+        The others keep the bytes that they shared with it; without others, this
+        master has no members from now on.
         """
         self.members.remove(member)
         low, high = span(member.tensor)
         managed = ManagedTensor(member.name, member.tensor, is_buffer=False)
-        alone = Master(TensorGroup([managed], low, high), self.codec)
+        dtype = member.tensor.dtype
+        codec = Codec(dtype, dtype, dtype) if self.mixed else self.codec
+        alone = Master(TensorGroup([managed], low, high), codec)
         alone.members[0].device = member.device
         alone.members[0].dtype = member.dtype
         return alone
@@ -310,6 +314,8 @@ class Store:
         """Take over the masters of parameters that replaced others."""
         kept = set(self.masters)
         self.masters = list(masters)
+        current = {id(master) for master in kept.intersection(masters)}
+        self._mapped = {k: v for k, v in self._mapped.items() if k in current}
         self.adopt([m for m in masters if m not in kept], placement)
 
     def adopt(self, masters: Sequence[Master], placement: Placement) -> None:
@@ -472,6 +478,8 @@ class Store:
             self._restore(master)
 
     def _restore(self, master: Master) -> None:
+        if not master.members:
+            return  # its only one was split off
         master.reconcile(lenient=True)
         if master.location is not None and master.location.file.writable_shared:
             flat = torch.empty(master.count, dtype=master.flat.dtype)

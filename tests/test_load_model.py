@@ -44,13 +44,6 @@ STORES = ["cpu", "disk"]
 every_store = pytest.mark.parametrize("store", STORES)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-
-
 def _policy(store: str, folder: Path, **fields: Any) -> OffloadPolicy:
     if store == "disk":
         fields["disk_dir"] = folder / "spill"

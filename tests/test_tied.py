@@ -134,3 +134,24 @@ def test_tensor_that_is_given_other_data_no_longer_shares_it(
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert same_bits(one, other)
     assert same_bits(run(model, x), run(twin, x))
+
+
+@pytest.mark.parametrize("fields", STREAMING.values(), ids=STREAMING)
+def test_tensors_of_two_dtypes_in_one_memory_move_as_bytes(
+    fields: dict[str, Any],
+) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    bits = nn.Parameter(model[0].weight.detach().view(torch.int32), requires_grad=False)
+    model[0].register_parameter("bits", bits)
+    x = torch.randn(2, 32)
+    expected = run(copy.deepcopy(model), x)
+    if "compute_dtype" in fields:
+        x = x.to(torch.float64)
+        with pytest.raises(RuntimeError, match="dtype"), offloaded(model, **fields):
+            run(model, x)  # bytes cannot be cast, so the layer's dtypes differ
+    else:
+        with offloaded(model, **fields):
+            for _ in range(2):
+                assert same_bits(run(model, x), expected)
+    assert model[0].bits.data_ptr() == model[0].weight.data_ptr()
+    assert same_bits(run(model, x.float()), expected)
