@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
 
@@ -178,14 +178,15 @@ def offload(model: nn.Module) -> None:
         session.offload()
 
 
-def set_limit(model: nn.Module, limit_gb: float | None) -> None:
+def set_limit(model: nn.Module, limit_gb: float | Literal["auto"] | None) -> None:
     """Give an attached model another limit, from its next forward on.
 
     Few layers move: the residents of the smaller limit are among those of the larger.
 
     Args:
         model: an attached model.
-        limit_gb: in GiB; None is unlimited, 0 as little as possible.
+        limit_gb: in GiB; None is unlimited, 0 as little as possible, "auto" what is
+            free on the compute device now, less a tenth.
 
     Raises:
         ValueError: The limit is not a number, or negative.
@@ -201,8 +202,10 @@ def set_limit(model: nn.Module, limit_gb: float | None) -> None:
         1.5
         >>> model = detach(model)
     """
-    limit = OffloadPolicy(limit_gb=limit_gb).resolve().limit_bytes
     session = _session(model, "set_limit")
+    device = session.policy.compute_device
+    asked = OffloadPolicy(limit_gb=limit_gb, compute_device=device)
+    limit = asked.resolve().limit_bytes
     with session.by_hand("set_limit"):
         session.set_limit(limit)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .budget import GIB
+from .host_memory import available_memory
 from .machine import (
     DiskSpeed,
     LinkSpeed,
@@ -23,7 +24,6 @@ from .machine import (
     measure_disk,
     measure_link,
 )
-from .pinning import available_memory
 from .placement import default_device
 
 # Below this a disk is what every pass waits for.

@@ -19,7 +19,7 @@ import torch
 
 from .budget import GIB
 from .cost import Rates
-from .pinning import cgroup_limit, default_cap
+from .host_memory import cgroup_limit, default_cap
 from .placement import default_device
 
 _LINK_BYTES = 256 * 2**20

@@ -80,7 +80,8 @@ class LayerMover:
     def set_layers(self, layers: Sequence[Layer], predicted: Sequence[int]) -> None:
         """Take other layers; those before must have been dropped."""
         self.layers = layers
-        self.order = ExecutionOrder(predicted)
+        names = [layer.name for layer in layers]
+        self.order = ExecutionOrder(predicted, names)
         self.plan = None
 
     def apply(self, plan: Plan) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
+from .block_order import BlockOrder
+
 
 class ExecutionOrder:
     """Follows the layers of a pass along a prediction that heals itself.
 
     The prediction is cyclic, because passes repeat: after its last layer its first is
     expected. A visit that was not expected moves the cursor to where the prediction
-    has that layer, so one surprise costs one miss and not the rest of the pass.
+    has that layer, so one surprise costs one miss and not the rest of the pass. Until
+    a pass was recorded, the first block of several equal ones predicts the others.
 
     Example:
         >>> order = ExecutionOrder([0, 1, 2])
@@ -24,6 +27,7 @@ class ExecutionOrder:
     """
 
     __slots__ = (
+        "_blocks",
         "_cursor",
         "_in_pass",
         "_positions",
@@ -32,13 +36,15 @@ class ExecutionOrder:
         "_settled",
     )
 
-    def __init__(self, predicted: Sequence[int]) -> None:
+    def __init__(self, predicted: Sequence[int], names: Sequence[str] = ()) -> None:
         """Starts at the beginning of a prediction, outside of any pass.
 
         Args:
             predicted: The layers in the order in which they are expected; a layer may
                 appear several times or not at all.
+            names: The full names of the layers, to tell equal blocks by.
         """
+        self._blocks: BlockOrder | None = BlockOrder(names) if names else None
         self._sequence: tuple[int, ...] = ()
         self._positions: dict[int, list[int]] = {}
         self._cursor = 0
@@ -90,6 +96,8 @@ class ExecutionOrder:
             cursor = positions[later if later < len(positions) else 0]
         self._cursor = (cursor + 1) % len(sequence)
         self._settled = max(self._settled - 1, 0)
+        if self._blocks is not None and self._in_pass and self._blocks.visit(layer):
+            self._learn(self._blocks)
         return hit
 
     def unsettled(self) -> Iterator[int]:
@@ -145,21 +153,19 @@ class ExecutionOrder:
         self._in_pass = False
         self._rewind()
         if complete and self._recorded:
+            self._blocks = None  # no guess is as good as this
             recorded = tuple(self._recorded)
             if recorded != self._sequence:
                 self._predict(recorded)
 
-    def replace(self, predicted: Sequence[int]) -> None:
-        """Starts anew from another prediction, after layers were partitioned again.
-
-        A running pass is recorded no further: its numbers mean other layers now.
-
-        Args:
-            predicted: The layers in the order in which they are expected.
-        """
-        self._recorded = []
-        self._in_pass = False
-        self._predict(tuple(predicted))
+    def _learn(self, blocks: BlockOrder) -> None:
+        """Predict the rest of the first pass from the block that has just ended."""
+        visited = list(dict.fromkeys(self._recorded))
+        seen = set(visited)
+        coming = [layer for layer in self._sequence if layer not in seen]
+        rest = blocks.rearranged(coming, visited)
+        self._predict((*visited, *rest))
+        self._cursor = len(visited) % len(self._sequence)
 
     def _rewind(self) -> None:
         if self._cursor:  # a whole pass ends where it begins

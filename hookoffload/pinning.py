@@ -27,13 +27,10 @@ from pathlib import Path
 import torch
 
 from .budget import format_gib
+from .host_memory import default_cap
 from .store import Master
 
 logger = logging.getLogger(__name__)
-
-# Of the memory that is there: the system and other programs must be able to work, and
-# locked pages can neither be swapped out nor moved.
-_LOCKED_SHARE = 0.9
 _SLAB_ALIGNMENT = 64  # what PyTorch's own CPU allocator gives
 
 
@@ -219,55 +216,3 @@ def _unlock(ranges: list[int], held: list[torch.Tensor]) -> None:
             runtime.cudaHostUnregister(start)
     ranges.clear()
     held.clear()
-
-
-def default_cap() -> int:
-    """Return what this process may lock: what it has, and most of what is free.
-
-    Locking memory that is in use takes nothing from anybody; it keeps the system from
-    swapping it out. A control group's limit counts as the machine's memory.
-    """
-    cap = _own_memory() + int(available_memory() * _LOCKED_SHARE)
-    group = cgroup_limit()
-    return cap if group is None else min(cap, int(group * _LOCKED_SHARE))
-
-
-def cgroup_limit() -> int | None:
-    """Return the memory that this process's control group may take, in bytes."""
-    limits = []
-    for name in _CGROUP_LIMITS:
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            limits.append(int(text))
-    return min(limits, default=None)
-
-
-_CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
-
-
-def available_memory() -> int:
-    """Return the bytes that can be had without swapping; very many if unknown."""
-    return _meminfo("MemAvailable")
-
-
-def _own_memory() -> int:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * mmap.PAGESIZE
-
-
-def _meminfo(field: str) -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 2**62  # no Linux: the system refuses what it does not want to give
-    values = [int(line.split()[1]) for line in lines if line.startswith(field + ":")]
-    return values[0] * 1024 if values else 2**62

@@ -82,7 +82,7 @@ def checked_limit(field: str, value: object) -> float | None:
             return limit
     raise ValueError(
         f"{field}={value!r} is not a number of GiB; use None (unlimited), 0 (as little "
-        "as possible) or a positive number such as 2.5"
+        'as possible), a positive number such as 2.5, or limit_gb="auto"'
     )
 
 

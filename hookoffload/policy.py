@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from .host_memory import automatic_limit
 from .module_map import ModuleMap
 from .placement import (
     BYTES_PER_GIB,
@@ -75,7 +76,8 @@ class OffloadPolicy:
 
     Attributes:
         limit_gb: The limit in GiB (2 is 2 * 2**30 bytes). None is unlimited, 0 is as
-            little as possible.
+            little as possible, "auto" what is free on the compute device when hooks
+            are attached, less a tenth for other programs.
         compute_device: Where layers compute. Default: the accelerator, if there is
             one, else the CPU. Same as `computation.device`.
         compute_dtype: In which floating dtype. Default: each tensor's own. Same as
@@ -111,7 +113,7 @@ class OffloadPolicy:
         2147483648
     """
 
-    limit_gb: float | None = None
+    limit_gb: float | Literal["auto"] | None = None
     compute_device: torch.device | str | None = None
     compute_dtype: torch.dtype | None = None
     storage_dtype: torch.dtype | None = None
@@ -129,7 +131,11 @@ class OffloadPolicy:
     def __post_init__(self) -> None:
         """Checks every field, then the fields against each other."""
         normal: dict[str, Any] = {
-            "limit_gb": checked_limit("limit_gb", self.limit_gb),
+            "limit_gb": (
+                self.limit_gb
+                if self.limit_gb == "auto"
+                else checked_limit("limit_gb", self.limit_gb)
+            ),
             "compute_device": checked_device("compute_device", self.compute_device),
             "pin_limit_gb": checked_limit("pin_limit_gb", self.pin_limit_gb),
         }
@@ -250,7 +256,7 @@ class OffloadPolicy:
             raise ValueError(f"disk_dir={str(folder)!r} is not a folder")
         limit, pinned = self.limit_gb, self.pin_limit_gb
         return ResolvedPolicy(
-            limit_bytes=None if limit is None else _to_bytes(limit),
+            limit_bytes=_limit_bytes(limit, compute),
             compute_device=compute,
             compute_dtype=self._said_dtype("compute_dtype", "computation"),
             offload=offload,
@@ -374,6 +380,12 @@ def _check_folder(value: object) -> None:
     # An empty path would be the working directory, which nobody means by it.
     if not isinstance(path, str) or not path:
         raise ValueError(f"disk_dir={value!r} is not the path of a folder")
+
+
+def _limit_bytes(limit: float | Literal["auto"] | None, device: Any) -> int | None:
+    if limit == "auto":
+        return automatic_limit(device)
+    return None if limit is None else _to_bytes(limit)
 
 
 def _to_bytes(gib: float) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hookoffload import doctor, machine, measure_rates, pinning
+from hookoffload import doctor, host_memory, machine, measure_rates
 from hookoffload.cli import main
 from hookoffload.doctor import Findings, format_findings
 from hookoffload.machine import DiskSpeed, LinkSpeed, Lockable
@@ -164,7 +164,7 @@ def test_memory_to_lock_is_the_librarys_own_default(
     cuda = torch.device("cuda")
     monkeypatch.setattr(machine, "cgroup_limit", lambda: None)
     free = machine.lockable(cuda)
-    assert free.nbytes == pytest.approx(pinning.default_cap(), rel=0.2)
+    assert free.nbytes == pytest.approx(host_memory.default_cap(), rel=0.2)
     assert "available" in free.why
 
 
@@ -172,13 +172,15 @@ def test_control_group_that_sets_the_figure_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(pinning, "_CGROUP_LIMITS", (str(limit), str(tmp_path / "no")))
-    monkeypatch.setattr(pinning, "_meminfo", lambda _field: 64 * GIB)
+    monkeypatch.setattr(
+        host_memory, "_CGROUP_LIMITS", (str(limit), str(tmp_path / "no"))
+    )
+    monkeypatch.setattr(host_memory, "_meminfo", lambda _field: 64 * GIB)
     limit.write_text("max\n")
-    assert pinning.cgroup_limit() is None
+    assert host_memory.cgroup_limit() is None
     limit.write_text(f"{10 * GIB}\n")
     locked = machine.lockable(torch.device("cuda"))
-    assert locked.nbytes == 9 * GIB == pinning.default_cap()
+    assert locked.nbytes == 9 * GIB == host_memory.default_cap()
     assert "control group's limit, 10.0 GiB" in locked.why
 
 

@@ -134,25 +134,80 @@ def test_ending_a_pass_twice_changes_nothing() -> None:
     assert order.sequence == (0, 1)
 
 
-def test_a_replaced_prediction_starts_anew() -> None:
-    order = ExecutionOrder([0, 1, 2])
-    order.visit(0)
-    order.replace([7, 8])
-    assert order.sequence == (7, 8)
-    assert list(order.upcoming()) == [7, 8]
-    assert order.visit(7)
-    assert not order.visit(1)
+BLOCK = ["norm", "mlp.up", "mlp.down", "attn.q", "attn.out"]  # as registered
+INSIDE = [3, 4, 0, 1, 2]  # as executed
 
 
-def test_a_prediction_replaced_within_a_pass_is_not_overwritten_by_its_rest() -> None:
-    order = ExecutionOrder([0, 1, 2])
+def _blocks(count: int) -> tuple[list[str], list[int]]:
+    """Return names in order of registration, and the layers in that of execution."""
+    names = [f"blocks.{n}.{part}" for n in range(count) for part in BLOCK]
+    runs = [n * len(BLOCK) + i for n in range(count) for i in INSIDE]
+    return ["embed", *names, "head"], [0, *(1 + i for i in runs), 1 + len(names)]
+
+
+def test_the_first_block_tells_the_order_in_the_others() -> None:
+    names, runs = _blocks(6)
+    order = ExecutionOrder(range(len(names)), names)
+    hits = run_pass(order, runs)
+    # What the guess has wrong in the first block, and where the second begins.
+    assert hits.count(False) <= len(BLOCK)
+    assert all(hits[2 + len(BLOCK) :])
+    assert run_pass(order, runs) == [True] * len(runs)
+
+
+def test_the_rest_of_the_first_pass_is_all_the_layers_that_have_not_run() -> None:
+    names, runs = _blocks(4)
+    order = ExecutionOrder(range(len(names)), names)
     order.begin_pass()
+    for position, layer in enumerate(runs):
+        order.visit(layer)
+        if position > 2 * len(BLOCK):
+            coming = list(order.upcoming())
+            assert sorted(coming) == list(range(len(names)))
+            assert coming[: len(runs) - position - 1] == runs[position + 1 :]
+
+
+def test_blocks_that_skip_layers_leave_none_out() -> None:
+    names, _ = _blocks(4)
+    order = ExecutionOrder(range(len(names)), names)
+    order.begin_pass()
+    for layer in (0, 4, 5, 9):  # attn of block 0, the first of block 1
+        order.visit(layer)
+    assert sorted(order.upcoming()) == list(range(len(names)))
+    assert list(order.upcoming(4)) == [10, 6, 7, 8]
+
+
+def test_nothing_is_learnt_from_blocks_once_a_pass_was_recorded() -> None:
+    names, runs = _blocks(3)
+    order = ExecutionOrder(range(len(names)), names)
+    run_pass(order, runs)
+    order.begin_pass()
+    for layer in runs[:1] + runs[6:]:  # without block 0
+        order.visit(layer)
+    assert order.sequence == tuple(runs)
+
+
+def test_layers_that_are_on_their_way_are_not_looked_at_again() -> None:
+    order = ExecutionOrder([0, 1, 2, 3])
+    assert list(order.unsettled()) == [0, 1, 2, 3]
+    assert order.settle(0) and order.settle(1)
+    assert list(order.unsettled()) == [2, 3]
     order.visit(0)
-    order.replace([7, 8])
-    order.visit(8)
-    order.end_pass(complete=True)
-    assert order.sequence == (7, 8)
-    assert order.recorded == ()
+    assert list(order.unsettled()) == [2, 3, 0]
+    order.unsettle()
+    assert list(order.unsettled()) == [1, 2, 3, 0]
+
+
+def test_a_surprise_has_everything_looked_at_again() -> None:
+    order = ExecutionOrder([0, 1, 2, 3])
+    assert order.settle(0) and order.settle(1) and order.settle(2)
+    order.visit(2)
+    assert list(order.unsettled()) == [3, 0, 1, 2]
+
+
+def test_a_layer_that_runs_twice_is_never_settled() -> None:
+    order = ExecutionOrder([0, 1, 0])
+    assert not order.settle(0)
 
 
 @pytest.mark.parametrize("predicted", [[], [4]])

@@ -1,0 +1,96 @@
+"""How much memory there is: what may be locked, and what a limit can be set to."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import torch
+
+# Of the memory that is there: the system and other programs must be able to work, and
+# locked pages can neither be swapped out nor moved.
+_LOCKED_SHARE = 0.9
+
+# What an automatic limit leaves to other programs and to the allocator's own gaps, at
+# least a tenth and at least half a GiB. A CPU has activations to hold besides.
+_SPARE_SHARE, _SPARE_BYTES = 10, 2**29
+_HOST_SHARE = 0.75
+
+
+def automatic_limit(device: torch.device) -> int:
+    """Return the bytes that a limit may have on a device at this moment.
+
+    On an accelerator that is what is free and what PyTorch's allocator holds already,
+    less a tenth (half a GiB at least) for other programs. On a CPU it is three quarters
+    of the memory that is available.
+
+    Raises:
+        ValueError: The device does not say what is free.
+    """
+    if device.type == "cpu":
+        available, group = available_memory(), cgroup_limit()
+        if group is not None:
+            available = min(available, max(group - _own_memory(), 0))
+        return int(available * _HOST_SHARE)
+    module = torch.get_device_module(device)
+    ask = getattr(module, "mem_get_info", None)
+    if ask is None:
+        raise ValueError(
+            f'limit_gb="auto" needs to know what is free, and {device.type} does not '
+            "say. Pass a number of GiB"
+        )
+    free, _ = ask(device)
+    reach = int(free) + int(module.memory_reserved(device))
+    return max(reach - max(reach // _SPARE_SHARE, _SPARE_BYTES), 1)
+
+
+def default_cap() -> int:
+    """Return what this process may lock: what it has, and most of what is free.
+
+    Locking memory that is in use takes nothing from anybody; it keeps the system from
+    swapping it out. A control group's limit counts as the machine's memory.
+    """
+    cap = _own_memory() + int(available_memory() * _LOCKED_SHARE)
+    group = cgroup_limit()
+    return cap if group is None else min(cap, int(group * _LOCKED_SHARE))
+
+
+def cgroup_limit() -> int | None:
+    """Return the memory that this process's control group may take, in bytes."""
+    limits = []
+    for name in _CGROUP_LIMITS:
+        try:
+            text = Path(name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits, default=None)
+
+
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+def available_memory() -> int:
+    """Return the bytes that can be had without swapping; very many if unknown."""
+    return _meminfo("MemAvailable")
+
+
+def _own_memory() -> int:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * mmap.PAGESIZE
+
+
+def _meminfo(field: str) -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 2**62  # no Linux: the system refuses what it does not want to give
+    values = [int(line.split()[1]) for line in lines if line.startswith(field + ":")]
+    return values[0] * 1024 if values else 2**62
