@@ -412,6 +412,8 @@ class Session(NotCopied):
         """
         parted = []
         for master, member in self.inventory.given_other_data():
+            if member not in master.members:
+                continue  # parted already, and not yet taken stock of
             shared = len(master.members) > 1 or member.tensor.stride() != member.stride
             if shared and master.is_same(member):
                 parted.append(master.split_off(member))

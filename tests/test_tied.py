@@ -155,3 +155,23 @@ def test_tensors_of_two_dtypes_in_one_memory_move_as_bytes(
                 assert same_bits(run(model, x), expected)
     assert model[0].bits.data_ptr() == model[0].weight.data_ptr()
     assert same_bits(run(model, x.float()), expected)
+
+
+@pytest.mark.parametrize("fields", STREAMING.values(), ids=STREAMING)
+def test_data_with_other_strides_is_used_as_it_lies(fields: dict[str, Any]) -> None:
+    """Which kernel computes, and so the last bits, depends on strides."""
+    model = linears(depth=3)
+    model[1].weight.data = torch.randn(32, 32).T
+    twin = copy.deepcopy(model)
+    dtype = fields.get("compute_dtype", torch.float32)
+    x = torch.randn(2, 32, dtype=dtype)
+    new = torch.randn(32, 32)
+    with offloaded(model, **fields):
+        for _ in range(2):
+            run(model, x)
+        model[1].weight.data = new.clone()
+        twin[1].weight.data = new.clone()
+        for _ in range(2):
+            assert same_bits(run(model, x), run(copy.deepcopy(twin).to(dtype), x))
+    assert model[1].weight.stride() == new.stride()
+    assert same_bits(run(model, x.float()), run(twin, x.float()))

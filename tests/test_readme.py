@@ -1,0 +1,81 @@
+"""What the README shows is what works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import hookoffload
+from hookoffload import cli, detach
+from hookoffload.state_hooks import session_of
+
+README = Path(__file__).parents[1] / "README.md"
+WIDTH = 16
+
+
+class MyModel(nn.Module):
+    """What the README takes for granted."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(depth)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.M | re.S)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a working directory with the README's files."""
+    save_file(MyModel().state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_blocks_run_one_behind_the_other(folder: Path) -> None:
+    names: dict[str, Any] = {
+        "MyModel": MyModel,
+        "x": torch.randn(2, WIDTH),
+        "config": {"depth": 2},
+        "lora_state_dict": {
+            "layers.0.lora_A.weight": torch.randn(4, WIDTH),
+            "layers.0.lora_B.weight": torch.randn(WIDTH, 4),
+        },
+    }
+    blocks = _blocks("python")
+    assert len(blocks) >= 5
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    assert (folder / "saved" / "model.safetensors").exists()
+    assert session_of(names["model"]) is not None
+    detach(names["model"])
+
+
+def test_commands_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = "".join(_blocks("sh")).splitlines()
+    assert len(commands) >= 2
+    for command in commands:
+        program, *arguments = command.split()
+        assert program == "hookoffload"
+        assert cli.main(arguments) == 0, command
+        assert capsys.readouterr().out
+
+
+def test_set_up_commands_are_two() -> None:
+    assert len("".join(_blocks("bash")).splitlines()) == 2
+
+
+def test_public_names_that_are_mentioned_exist() -> None:
+    mentioned = set(re.findall(r"`([a-z_]+)\(", README.read_text()))
+    assert len(mentioned) >= 5
+    assert mentioned <= {*hookoffload.__all__, "print"}
