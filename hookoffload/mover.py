@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 
 from .budget import MemoryBudget
-from .copy_engine import POISON, Copy, make_copy_engine
-from .device_memory import ALIGNMENT, Block, DeviceMemory, align
+from .copy_engine import Copy, make_copy_engine
+from .device_memory import Block, DeviceMemory, align
 from .layer import Layer, resident_dtype
 from .order import ExecutionOrder
 from .planner import Plan
 from .profiler_ranges import LayerRanges, profiler_range
 from .recorder import Recorder
-from .ring import Region, RegionRing, RegionStack
+from .window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +63,7 @@ class LayerMover:
         self.plan: Plan | None = None
         self.recorder: Recorder | None = None
         self._ranges = LayerRanges()
-        self._poison = poison
-        # The window: layers pass through the ring, first in first out; those during
-        # whose forward others pass have the stack.
-        self._ring_block: Block | None = None
-        self._ring = RegionRing(0)
-        self._stack_block: Block | None = None
-        self._stack = RegionStack(0)
-        self._scratch_block: Block | None = None
-        self._scratch = RegionStack(0)
+        self.window = Window(self.memory, self.engine, poison=poison)
         self.reached_bytes = 0  # taken when `apply` last ran out of memory
         self._under_way = 0  # bytes of residents whose copy nobody has waited for
 
@@ -98,7 +90,7 @@ class LayerMover:
             if not layer.keep and layer.resident is not None:
                 self.evict(layer)
         try:
-            self._resize(plan)
+            self.window.resize(plan)
             for layer in self.layers:
                 if layer.keep and layer.resident is None and layer.pieces:
                     layer.resident = self._residence(layer)
@@ -110,37 +102,6 @@ class LayerMover:
         self.engine.fence()
         self.order.unsettle()
         self.plan = plan
-
-    def _resize(self, plan: Plan) -> None:
-        # Regions are aligned: what is left over behind the last would never be used.
-        ring_bytes = plan.ring_bytes // ALIGNMENT * ALIGNMENT
-        have = (self._ring.capacity, self._stack.capacity, self._scratch.capacity)
-        want = (ring_bytes, plan.stack_bytes, plan.scratch_bytes)
-        if have == want:
-            return
-        self._free_window()
-        self._ring, self._stack, self._scratch = (
-            RegionRing(want[0]),
-            RegionStack(want[1]),
-            RegionStack(want[2]),
-        )
-        self._ring_block, self._stack_block, self._scratch_block = (
-            self.memory.allocate(kind, nbytes) if nbytes else None
-            for kind, nbytes in zip(("window", "window", "casts"), want, strict=True)
-        )
-
-    def _free_window(self) -> None:
-        """Give window and scratch back, before anything is taken instead of them."""
-        blocks = [self._ring_block, self._stack_block, self._scratch_block]
-        ring, stack, scratch = RegionRing(0), RegionStack(0), RegionStack(0)
-        self._ring, self._stack, self._scratch = ring, stack, scratch
-        self._ring_block = self._stack_block = self._scratch_block = None
-        # Copies that were cancelled may still be running into them.
-        self.engine.drain()
-        while blocks:
-            block = blocks.pop()
-            if block is not None:
-                self.memory.free(block)
 
     def _residence(self, layer: Layer) -> list[Block]:
         blocks: list[Block] = []
@@ -170,13 +131,13 @@ class LayerMover:
         self.order.visit(layer.index)
         if not layer.stays_bound and layer.pieces:
             self._bring(layer, aside=aside)
-            self._push_scratch(layer)
+            self._take_scratch(layer)
             if torch.is_inference_mode_enabled():
                 # Views made inside it would take their versions from the tensors.
                 with torch.inference_mode(False):
-                    layer.bind(self._region_block(layer))
+                    layer.bind(self.window.block_of(layer))
             else:
-                layer.bind(self._region_block(layer))
+                layer.bind(self.window.block_of(layer))
         layer.bound = 1
         self._ranges.begin(layer.name)
         if self.recorder is not None:
@@ -217,9 +178,9 @@ class LayerMover:
         if layer.copy is not None:
             self._finish(layer)
         if layer.resident is not None and not layer.copies_into_residence:
-            layer.fill_residence(layer.resident, self._region_block(layer))
+            layer.fill_residence(layer.resident, self.window.block_of(layer))
             layer.copied_revision = revision
-            self._free_region(layer)
+            self.window.release(layer)
 
     def _finish(self, layer: Layer) -> None:
         copy = layer.copy
@@ -262,7 +223,7 @@ class LayerMover:
             if found is None:
                 return False
             tokens = found
-            block = self._region_block(layer)
+            block = self.window.block_of(layer)
             assert block is not None and layer.region is not None
             begin = layer.region.offset
             targets = [block.bytes[begin + (p.region_offset or 0) :] for p in pieces]
@@ -285,29 +246,23 @@ class LayerMover:
     def _room(
         self, layer: Layer, *, now: bool, aside: bool
     ) -> tuple[object, ...] | None:
-        """Give the layer a region; None if there is none and it can wait."""
-        home = self._stack if layer.held else self._ring
-        size = layer.stream_bytes
+        """Give the layer a place; None if there is none and it can wait."""
+        window, size = self.window, layer.stream_bytes
         aside = aside and self.memory.budget.fits(align(size))
-        fits = size <= home.capacity and not aside
-        found = _take(home, size) if fits else None
-        if found is None and not now:
+        fits = window.can_hold(layer) and not aside
+        tokens = window.take(layer) if fits else None
+        if tokens is None and not now:
             return None
-        if found is None and fits and not self._has_spare(size):
+        if tokens is None and fits and not self._has_spare(size):
             self.cancel_prefetches()
-            found = _take(home, size)
-        if found is None:
+            tokens = window.take(layer)
+        if tokens is None:
             # More layers are in use at once than the plan knows of: nothing that is
             # in use can go, so the window grows by this one, if the limit allows.
             logger.info("%s is needed beside the layers of the plan", layer.name)
             self._make_room_for(size)
-            layer.home = self.memory.allocate("window", size, layer.name)
-            self.engine.fence()
-            layer.region = Region(0, size)
-            return ()
-        layer.home = home
-        layer.region = found[0]
-        return found[1]
+            tokens = window.take_own(layer)
+        return tokens
 
     def _has_spare(self, nbytes: int) -> bool:
         """Tell whether the limit has room beside the plan.
@@ -321,46 +276,17 @@ class LayerMover:
         beside = self.memory.budget.used + plan.activation_bytes
         return beside + align(nbytes) <= limit
 
-    def _region_block(self, layer: Layer) -> Block | None:
-        if isinstance(layer.home, Block):
-            return layer.home
-        return self._stack_block if layer.held else self._ring_block
-
-    def _free_region(self, layer: Layer) -> None:
-        region, home = layer.region, layer.home
-        if region is None:
-            return
-        block = self._region_block(layer)
-        layer.region = layer.home = None
-        token = self.engine.done()
-        if self._poison and block is not None and home is not block:
-            used = block.bytes[region.offset : region.offset + region.nbytes]
-            self.engine.poison(used, token)
-        if isinstance(home, Block):
-            self.memory.free(home)
-        elif isinstance(home, RegionRing):
-            home.free(region, token)
-        elif home is not None:
-            home.pop(region, token)
-
-    def _push_scratch(self, layer: Layer) -> None:
+    def _take_scratch(self, layer: Layer) -> None:
         resident = layer.resident is not None
         size = layer.resident_cast_bytes if resident else layer.cast_bytes
-        if not size:
-            return
-        pushed = self._scratch.push(size) if size <= self._scratch.capacity else None
-        if pushed is not None:
-            layer.scratch, tokens = pushed
-            layer.scratch_block = self._scratch_block
-            self.engine.order_after(tokens)
+        if not size or self.window.take_scratch(layer, size):
             return
         try:  # more is in use at once than the plan knows of, as in `_room`
             self._make_room_for(size)
-            layer.scratch_block = self.memory.allocate("casts", size, layer.name)
+            self.window.take_own_scratch(layer, size)
         except BaseException:
-            self._free_region(layer)
+            self.window.release(layer)
             raise
-        layer.scratch = Region(0, size)
 
     def _make_room_for(self, nbytes: int) -> None:
         """Give up residents that are not in use until so many bytes fit the limit."""
@@ -371,18 +297,6 @@ class LayerMover:
                 layer.keep = False
                 self.evict(layer)
 
-    def _free_scratch(self, layer: Layer) -> None:
-        region, block = layer.scratch, layer.scratch_block
-        if region is None or block is None:
-            return
-        layer.scratch = layer.scratch_block = None
-        if self._poison:  # it is the compute stream's alone
-            block.bytes[region.offset : region.offset + region.nbytes].fill_(POISON)
-        if block is self._scratch_block:
-            self._scratch.pop(region, self.engine.done())
-        else:
-            self.memory.free(block)
-
     def _unbind(self, layer: Layer) -> None:
         """Swap a bound layer back to its masters and free what it used."""
         if layer.write_back():
@@ -390,8 +304,8 @@ class LayerMover:
             layer.copied_revision = -1
         layer.put_to_rest()
         layer.stays_bound = False
-        self._free_scratch(layer)
-        self._free_region(layer)
+        self.window.release_scratch(layer)
+        self.window.release(layer)
 
     # -- prefetch -------------------------------------------------------------------
 
@@ -437,16 +351,7 @@ class LayerMover:
         if layer.region is None:
             self._under_way -= copy.nbytes
             return
-        region, home = layer.region, layer.home
-        layer.region = layer.home = None
-        # The next owner's copy is behind this one on the copy stream.
-        if isinstance(home, RegionRing):
-            home.free(region, copy.ready)
-        elif isinstance(home, RegionStack):
-            home.pop(region, copy.ready)
-        elif home is not None:
-            self.engine.drain()
-            self.memory.free(home)
+        self.window.give_up(layer, copy)
 
     # -- giving up ------------------------------------------------------------------
 
@@ -493,12 +398,12 @@ class LayerMover:
                 if layer.pieces:
                     self._unbind(layer)
             # An interrupt may have fallen between two steps.
-            self._free_scratch(layer)
-            self._free_region(layer)
+            self.window.release_scratch(layer)
+            self.window.release(layer)
             if layer.resident is not None:
                 self.evict(layer)
             layer.keep = False
-        self._free_window()
+        self.window.free()
         self._under_way = 0
         self.plan = None
         self.memory.settle()
@@ -506,9 +411,3 @@ class LayerMover:
     def close(self) -> None:
         """End the engine's thread."""
         self.engine.close()
-
-
-def _take(
-    home: RegionRing | RegionStack, size: int
-) -> tuple[Region, tuple[object, ...]] | None:
-    return home.allocate(size) if isinstance(home, RegionRing) else home.push(size)

@@ -69,7 +69,13 @@ class Traces:
         ]
 
     def note_untied(self, tensor: Tensor) -> None:
-        """Takes a tensor, which was given other data, for one that shares none."""
+        """Takes a tensor, which was given other data, for one that shares none.
+
+        It keeps the strides of that data.
+        """
+        facts = list(self._facts[id(tensor)])
+        facts[_STRIDE] = tensor.stride()
+        self._facts[id(tensor)] = tuple(facts)
         self._ties = [
             tie for tie in self._ties if tie[0] is not tensor and tie[1] is not tensor
         ]
@@ -117,6 +123,9 @@ def _objects(model: nn.Module) -> list[tuple[str, Tensor]]:
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
+
+
+_STRIDE = 4  # its place in these:
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:
