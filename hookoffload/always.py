@@ -6,7 +6,7 @@ import torch
 
 from .device_memory import Block, DeviceMemory
 from .layer import Layer
-from .store import Master
+from .master import Master
 
 
 class AlwaysResident:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from .codec import Codec, choose_codec, is_castable
 from .layer import Layer
+from .master import Master
 from .partition import Partition, SiteSketch, TensorGroup
 from .policy import ResolvedPolicy
 from .safetensors_file import TensorLocation
-from .store import Master
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from .master import Master
 from .profiler_ranges import profiler_range
-from .store import Master
 
 if TYPE_CHECKING:
     from .entries import CopyEntry

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .store import Master, Member
+from .master import Master, Member
 
 
 class Inventory:

@@ -9,8 +9,8 @@ import torch
 
 from .copy_engine import Copy
 from .device_memory import Block, align
+from .master import Master, version_of
 from .ring import Region, RegionRing, RegionStack
-from .store import Master, version_of
 
 
 class LayerState(enum.Enum):

@@ -28,7 +28,7 @@ import torch
 
 from .budget import format_gib
 from .host_memory import default_cap
-from .store import Master
+from .master import Master
 
 logger = logging.getLogger(__name__)
 _SLAB_ALIGNMENT = 64  # what PyTorch's own CPU allocator gives

@@ -13,13 +13,13 @@ from torch import nn
 
 from .checkpoint_folder import ELSEWHERE, CheckpointReplacement, shard_name
 from .codec import is_movable
+from .master import Master, Member
 from .progress import progress_bar
 from .safetensors_file import CheckpointFile
 from .safetensors_header import CheckpointError
 from .safetensors_writer import Source, check_room, check_storable, write_safetensors
 from .session import Session
 from .state_hooks import session_of
-from .store import Master, Member
 
 _METADATA = {"format": "pt"}  # Without it transformers refuses the file.
 _NO_BAR: AbstractContextManager[None] = nullcontext()

@@ -23,6 +23,7 @@ from .gather import GatherSite, can_gather
 from .hooks import OutsideHooks, Site
 from .inventory import Inventory
 from .layer import Layer
+from .master import Master
 from .mover import LayerMover
 from .partition import Partition, SiteSketch, check_tensors, partition
 from .pass_planner import PassPlanner
@@ -39,7 +40,7 @@ from .run_report import Report, make_report
 from .safetensors_file import TensorLocation
 from .state_hooks import StateHooks
 from .stats import OffloadStats
-from .store import Master, Store
+from .store import Store
 
 logger = logging.getLogger(__name__)
 

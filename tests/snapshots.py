@@ -194,6 +194,7 @@ def _held_files(folder: Path | None) -> list[str]:
             held.append("open " + os.readlink(f"/proc/self/fd/{entry}"))
         except OSError:
             continue  # the listing's own descriptor
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    held += ["mapped " + line.partition("/")[2] for line in lines]
-    return sorted(line for line in held if str(folder)[1:] in line)
+    name = str(folder)[1:]
+    with open("/proc/self/maps") as maps:
+        held += ["mapped " + line.partition("/")[2] for line in maps if name in line]
+    return sorted(line for line in held if name in line)

@@ -37,6 +37,7 @@ from hookoffload import (
     offloaded,
     onload,
 )
+from tests.garbage import freeze_old_objects
 from tests.small_models import (
     TinyModel,
     assert_same,
@@ -51,6 +52,11 @@ from tests.small_models import (
 from tests.snapshots import Snapshot, assert_same_surroundings, assert_untouched
 
 STREAMED: dict[str, Any] = {"store": "disk", "limit_gb": 0, "compute_device": "cpu"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_garbage_collection() -> None:
+    freeze_old_objects()
 
 
 @pytest.fixture(autouse=True)

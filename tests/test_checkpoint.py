@@ -10,6 +10,7 @@ import torch
 
 from hookoffload.checkpoint import open_checkpoint
 from hookoffload.safetensors_header import CheckpointError
+from tests.garbage import freeze_old_objects
 from tests.safetensors_samples import (
     descriptors_kept,
     failing,
@@ -17,6 +18,11 @@ from tests.safetensors_samples import (
     save,
     write_two_shards,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_garbage_collection():
+    freeze_old_objects()
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from hookoffload import (
 )
 from hookoffload.checkpoint import open_checkpoint
 from tests.children import killed_at
+from tests.garbage import freeze_old_objects
 from tests.safetensors_samples import descriptors_kept, failing, read
 from tests.small_models import (
     TinyModel,
@@ -47,7 +48,12 @@ from tests.small_models import (
 )
 
 LONG = settings.get_current_profile_name() == "long"
-KILLS = 50 if LONG else 10
+KILLS = 50 if LONG else 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_garbage_collection() -> None:
+    freeze_old_objects()
 
 
 def _saved(folder: Path, model: nn.Module | None = None) -> Path:

@@ -29,6 +29,7 @@ from hookoffload import (
     offloaded,
     onload,
 )
+from tests.garbage import freeze_old_objects
 from tests.interrupts import NthCall, deadline, interrupted_at, steps_of
 from tests.small_models import (
     assert_same,
@@ -80,13 +81,9 @@ def _no_function_mode_stays() -> Iterator[None]:
         torch.overrides._pop_mode()
 
 
-@pytest.fixture(autouse=True)
-def _fast_garbage_collection() -> Iterator[None]:
-    """Let a collection look at the test's own objects only, which is fast."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+@pytest.fixture(autouse=True, scope="module")
+def _fast_garbage_collection() -> None:
+    freeze_old_objects()
 
 
 def _small() -> nn.Module:

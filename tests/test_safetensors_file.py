@@ -23,6 +23,7 @@ from hookoffload.checkpoint import open_checkpoint
 from hookoffload.safetensors_file import CheckpointFile
 from hookoffload.safetensors_header import CheckpointError
 from hookoffload.spill_file import write_spill_file
+from tests.garbage import freeze_old_objects
 from tests.safetensors_samples import (
     DTYPES,
     descriptors_kept,
@@ -37,6 +38,11 @@ from tests.safetensors_samples import (
 
 FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 GOOD = {"x": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_garbage_collection():
+    freeze_old_objects()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from hookoffload.safetensors_file import CheckpointFile
 from hookoffload.safetensors_header import CheckpointError
 from hookoffload.safetensors_writer import Source, write_safetensors
 from hookoffload.spill_file import write_spill_file
+from tests.garbage import freeze_old_objects
 from tests.safetensors_samples import (
     DTYPES,
     descriptors_kept,
@@ -22,6 +23,11 @@ from tests.safetensors_samples import (
     read,
     same_bits,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_garbage_collection():
+    freeze_old_objects()
 
 
 @pytest.fixture

@@ -239,6 +239,8 @@ class Twin:
         self._limit_bytes: int | None = None
         self._attached = False
         self._interrupted = False
+        # Tensors that shared memory may have been untied: they take more than before.
+        self._parted = False
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     # -- attach and detach ----------------------------------------------------------
@@ -347,7 +349,8 @@ class Twin:
         if action.mode == "grad" and _is_refusal(output):
             return
         if isinstance(output, BudgetExceededError):
-            if self._limit_bytes and self.spec.reads_sideways:
+            unforeseen = self.spec.reads_sideways or self._parted
+            if self._limit_bytes and unforeseen:
                 raise GaveUp from output
             raise output
         self._refresh_computing()
@@ -398,6 +401,7 @@ class Twin:
             model.load_state_dict(own, strict=complete, assign=action.assign)
         self._interrupted = False
         if action.assign:
+            self._parted = True
             self._traces.note_tensors()
             self._own = [t.dtype for t in tensors_of(self.model).values()]
 
@@ -420,10 +424,11 @@ class Twin:
                 with torch.no_grad():
                     tensor.copy_(new)
         if action.how == "swap":
+            self._parted = True
             self._traces.note_untied(tensors[index])
             if self._computing is not self._rest:
                 alone = list(tensors_of(self._computing).values())[index]
-                alone.data = alone.data.clone()
+                alone.data = references[index].data.clone().to(alone.dtype)
 
     # -- the reference --------------------------------------------------------------
 

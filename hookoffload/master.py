@@ -1,0 +1,284 @@
+"""One master: the one true copy of a tensor group's bytes, and who looks at it.
+
+[Note: in-place moves]
+A module is never replaced and neither is a Parameter: the library assigns
+``tensor.data``, which swaps the bytes, sizes and dtype under an object that the user,
+the optimizer and tied modules go on holding. Three values take turns there:
+
+* at rest, a view of the master (``Member.rest``). Whatever reads or writes the tensor
+  then (``state_dict``, ``load_state_dict``, a user's edit) works on the master itself;
+* inside a forward, a view in the window, in the scratch or in a resident block. It is
+  a copy: release swaps the pointer back and the copied bytes are forgotten, unless
+  ``_version`` says that the forward wrote to them;
+* for a resident whose dtype needs no cast, the resident block, also between passes.
+
+``.data`` keeps the version counter of the object, so one counter tells of writes to
+any of the three. Writes through ``tensor.data.mul_()`` escape it: PyTorch gives
+``.data`` a counter of its own. They are safe behind ``offload(model)``, when
+everything rests and nothing has been copied ahead; otherwise they may be lost.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from .codec import Codec, is_castable
+from .partition import ManagedTensor, TensorGroup, span
+from .safetensors_file import TensorLocation
+
+
+class Member:
+    """One tensor object of a master, and where it lies in the master's bytes."""
+
+    __slots__ = (
+        "bound_pointer",
+        "device",
+        "dtype",
+        "location_in_master",
+        "name",
+        "rest",
+        "rest_pointer",
+        "shape",
+        "stride",
+        "tensor",
+        "version",
+    )
+
+    def __init__(self, managed: ManagedTensor, low: int) -> None:
+        tensor = managed.tensor
+        self.name = managed.name
+        self.tensor = tensor
+        self.device = tensor.device
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        # In elements of its own dtype: casts keep the count, not the bytes.
+        offset = tensor.storage_offset() * tensor.itemsize - low
+        self.location_in_master = offset // tensor.itemsize
+        self.rest = tensor.data
+        self.rest_pointer = self.rest.data_ptr()
+        self.bound_pointer = 0
+        self.version = version_of(tensor)
+
+    def view(self, base: torch.Tensor, start: int) -> torch.Tensor:
+        """Return this member over a flat tensor whose master begins at ``start``."""
+        return base.as_strided(self.shape, self.stride, start + self.location_in_master)
+
+    def set_rest(self, rest: torch.Tensor) -> None:
+        """Make ``rest`` the value at rest (does not touch the tensor)."""
+        self.rest = rest
+        self.rest_pointer = rest.data_ptr()
+
+
+class Master:
+    """The bytes of one tensor group at rest, and the members that share them."""
+
+    __slots__ = (
+        "castable",
+        "codec",
+        "count",
+        "dirty",
+        "flat",
+        "location",
+        "members",
+        "mixed",
+        "name",
+        "pinned",
+        "revision",
+    )
+
+    def __init__(
+        self, group: TensorGroup, codec: Codec, location: TensorLocation | None = None
+    ) -> None:
+        dtypes = {m.tensor.dtype for m in group.members}
+        self.mixed = len(dtypes) > 1
+        # Members of several dtypes move as bytes, aligned for the widest of them.
+        low = group.low - group.low % 16 if self.mixed else group.low
+        self.name = group.name
+        self.codec = codec
+        self.members = [Member(managed, low) for managed in group.members]
+        first = group.members[0].tensor
+        self.flat = _flat(first, low, group.high, self.mixed)
+        self.count = self.flat.numel()
+        self.castable = not self.mixed and all(
+            is_castable(managed.tensor) for managed in group.members
+        )
+        self.location = location
+        self.dirty = False
+        self.pinned = False  # page-locked, see pinning.py
+        self.revision = 0  # counts changes of the bytes at rest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest."""
+        # What moves as bytes has the codec of its first member only.
+        return self.count * (1 if self.mixed else self.codec.rest.itemsize)
+
+    def is_of(self, group: TensorGroup) -> bool:
+        """Tell whether the members are the tensor objects of a group."""
+        mine = {id(member.tensor) for member in self.members}
+        return mine == {id(managed.tensor) for managed in group.members}
+
+    @property
+    def in_ram(self) -> bool:
+        """Whether the bytes lie in host RAM (and not in a file)."""
+        return self.location is None
+
+    def read_into(self, destination: torch.Tensor, start: int = 0) -> None:
+        """Copy bytes at rest, from byte ``start`` on, into a ``uint8`` CPU tensor.
+
+        Fills the whole destination, which may be shorter than the master.
+        """
+        if self.location is not None:
+            self.location.file.read_into(self.location, destination, start)
+        else:
+            flat = self.flat.view(torch.uint8)
+            destination.copy_(flat[start : start + destination.numel()])
+
+    def become(self, flat: torch.Tensor, location: TensorLocation | None) -> None:
+        """Take ``flat`` as the bytes at rest from now on, and put members on it."""
+        # In this order an interrupt leaves the old bytes, or all of the new ones.
+        views = [self.member_view(member, flat) for member in self.members]
+        for member, view in zip(self.members, views, strict=True):
+            member.set_rest(view)
+        self.flat = flat
+        self.location = location
+        self.dirty = self.pinned = False
+        self.put_to_rest()
+
+    def member_view(self, member: Member, flat: torch.Tensor) -> torch.Tensor:
+        """Return a member's view of a flat tensor that holds this master."""
+        base = flat.view(member.dtype) if self.mixed else flat
+        return member.view(base, int(base.storage_offset()))
+
+    def split_off(self, member: Member) -> Master:
+        """Give a member that was given other data a master of its own.
+
+        The others keep the bytes that they shared with it; without others, this
+        master has no members from now on.
+        """
+        self.members.remove(member)
+        low, high = span(member.tensor)
+        managed = ManagedTensor(member.name, member.tensor, is_buffer=False)
+        dtype = member.tensor.dtype
+        codec = Codec(dtype, dtype, dtype) if self.mixed else self.codec
+        alone = Master(TensorGroup([managed], low, high), codec)
+        alone.members[0].device = member.device
+        alone.members[0].dtype = member.dtype
+        return alone
+
+    def put_to_rest(self) -> None:
+        """Swap every member back to the master."""
+        for member in self.members:
+            member.tensor.data = member.rest
+            member.bound_pointer = 0
+            member.version = version_of(member.tensor)
+
+    def take_bound(self, member: Member) -> bool:
+        """Copy a bound member's value here if it was written to since it was bound.
+
+        Returns:
+            Whether it was: its version moved, or it was given other data.
+        """
+        tensor = member.tensor
+        moved = tensor.data_ptr() != member.bound_pointer
+        if not moved and version_of(tensor) == member.version:
+            return False
+        dtype = member.dtype if self.mixed else self.codec.compute
+        if tensor.shape != member.shape or tensor.dtype != dtype or tensor.is_meta:
+            return False  # moved or cast behind the back: the next forward says so
+        member.rest.copy_(tensor.data)
+        self.note_change()
+        return True
+
+    def check_same(self, member: Member) -> None:
+        """Raise if a member that is bound between passes was moved or cast."""
+        if not self.is_same(member):
+            self._refuse_move(member)
+
+    @staticmethod
+    def is_same(member: Member) -> bool:
+        """Tell whether a member has the shape and dtype that it has at rest."""
+        tensor = member.tensor
+        same = (tensor.shape, tensor.dtype) == (member.shape, member.rest.dtype)
+        return same and not tensor.is_meta
+
+    @staticmethod
+    def _refuse_move(member: Member) -> NoReturn:
+        tensor = member.tensor
+        raise RuntimeError(
+            f"{member.name} was moved or cast while offload hooks are attached: it is "
+            f"{tensor.dtype} on {tensor.device} with shape {tuple(tensor.shape)}, and "
+            f"was {member.rest.dtype} on {member.rest.device} with shape "
+            f"{tuple(member.rest.shape)}. Call detach(model) before model.to(), "
+            ".half(), .cuda() and the like, and attach again after"
+        )
+
+    def note_change(self) -> None:
+        """Note that the bytes at rest are not those that were copied before."""
+        self.dirty = True
+        self.revision += 1
+        if self.location is not None and not self.location.file.writable_shared:
+            # The private map of a user's file holds the new values; the file does not.
+            self.location = None
+
+    def reconcile(self, *, lenient: bool = False) -> bool:
+        """Notice what the user did to the members while they were at rest.
+
+        Args:
+            lenient: take a member that was moved or cast back, instead of raising.
+
+        Returns:
+            Whether the bytes may differ from those that were copied before.
+
+        Raises:
+            RuntimeError: A member was moved or cast, for example by ``model.to``.
+        """
+        changed = False
+        for member in self.members:
+            tensor = member.tensor
+            if tensor.data_ptr() != member.rest_pointer:
+                self._adopt_new_data(member, lenient=lenient)
+                changed = True
+            version = version_of(tensor)
+            if version != member.version:
+                member.version = version
+                changed = True
+        if changed:
+            self.note_change()
+        return changed
+
+    def _adopt_new_data(self, member: Member, *, lenient: bool) -> None:
+        tensor = member.tensor
+        same = (
+            tensor.device == member.rest.device
+            and tensor.dtype == member.rest.dtype
+            and tensor.shape == member.rest.shape
+        )
+        if not same and lenient:
+            tensor.data = member.rest
+            return
+        if not same:
+            self._refuse_move(member)
+        # The object now holds other memory: its value goes to where the others'
+        # views of this master look.
+        member.rest.copy_(tensor.data)
+        tensor.data = member.rest
+
+
+def _flat(tensor: torch.Tensor, low: int, high: int, mixed: bool) -> torch.Tensor:
+    dtype = torch.uint8 if mixed else tensor.dtype
+    flat = torch.empty(0, dtype=dtype, device=tensor.device)
+    size = (high - low) // dtype.itemsize
+    storage = tensor.data.untyped_storage()
+    return flat.set_(storage, low // dtype.itemsize, (size,), (1,))
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return the in-place version, 0 for tensors made in inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0  # they keep none
