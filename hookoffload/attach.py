@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .stats import OffloadStats
 
 logger = logging.getLogger(__name__)
+
+_ATTACHING = threading.RLock()
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -73,14 +76,15 @@ def attach_offload_hooks(
 def _attach(
     model: ModuleT, policy: OffloadPolicy, locations: dict[str, TensorLocation]
 ) -> ModuleT:
-    _check_model(model)
-    _check_owners(model)
     _check_policy(policy)
-    resolved = policy.resolve()
-    check_tensors(model)
-    session = Session(model, resolved, locations, poison=policy.debug)
-    _warn_of_unmatched(session)
-    session.begin()
+    with _ATTACHING:  # of two threads with one model, the second finds it attached
+        _check_model(model)
+        _check_owners(model)
+        resolved = policy.resolve()
+        check_tensors(model)
+        session = Session(model, resolved, locations, poison=policy.debug)
+        _warn_of_unmatched(session)
+        session.begin()
     return model
 
 

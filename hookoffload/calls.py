@@ -28,6 +28,7 @@ import multiprocessing.pool
 import queue
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -112,12 +113,13 @@ class CallTracker:
         held: whether the owner is inside by hand (`detach`), not by a call.
     """
 
-    __slots__ = ("_free", "_lenders", "_modules", "depth", "held", "owner")
+    __slots__ = ("_free", "_lenders", "_modules", "_waiting", "depth", "held", "owner")
 
     def __init__(self, modules: frozenset[int]) -> None:
         self._modules = modules
         self._free = threading.Condition()
         self._lenders: list[tuple[int, int]] = []  # owners that wait for guests
+        self._waiting: deque[int] = deque()  # first come, first served
         self.owner: int | None = None
         self.depth = 0
         self.held = False
@@ -135,19 +137,26 @@ class CallTracker:
         with self._free:
             stale = False
             if self.owner != me:
-                stale = self._wait_for_turn(me)
+                if self._has_lent(me):
+                    self._wait_for_guests(me)
+                elif self.owner is not None or self._waiting:
+                    self._waiting.append(me)
+                    try:
+                        stale = self._wait_for_turn()
+                    finally:
+                        self._waiting.remove(me)
                 self.owner = me
             self.depth += 1
             self.held = self.held or by_hand
             return stale
 
-    def _wait_for_turn(self, me: int) -> bool:
-        looks = 0
-        while self.owner is not None and not self._has_lent(me):
+    def _wait_for_turn(self) -> bool:
+        me, looks = threading.get_ident(), 0
+        while self.owner is not None or self._waiting[0] != me:
             self._free.wait(timeout=_LOOK_SECONDS)
             owner = self.owner
             if owner is None:
-                break
+                continue
             if not self._owner_is_inside(owner):
                 self._lenders.clear()
                 self.depth, self.held = 0, False
@@ -159,11 +168,11 @@ class CallTracker:
             if looks == _LOOKS_BEFORE_WARNING:
                 logger.warning(
                     "this thread has waited %.0f s for another one, which is inside "
-                    "the same model. If that one waits for this one (in something else "
-                    "than threading, queue or concurrent.futures), they wait for ever",
+                    "the same model. If that one waits for this one, they wait for "
+                    "ever: only waits of Thread.join, queue.Queue, threading's events "
+                    "and concurrent.futures are seen",
                     _LOOKS_BEFORE_WARNING * _LOOK_SECONDS,
                 )
-        self._wait_for_guests(me)
         return False
 
     def resume(self) -> None:

@@ -12,8 +12,21 @@ HookT = TypeVar("HookT", bound=Callable[..., Any])
 
 
 def outside_graphs(hook: HookT) -> HookT:
-    """Return a hook that runs uncompiled, with everything that it calls."""
-    disabled: HookT = torch.compiler.disable(hook)
+    """Return a hook that runs uncompiled, with everything that it calls.
+
+    Raises:
+        RuntimeError: It is being exported, when called.
+    """
+
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling():  # although nothing here is compiled
+            raise RuntimeError(
+                "the model has offload hooks attached, and its weights cannot be "
+                "exported or traced through them. Call detach(model) first"
+            )
+        return hook(*args)
+
+    disabled: HookT = torch.compiler.disable(run)
     return disabled
 
 

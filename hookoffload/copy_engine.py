@@ -123,22 +123,26 @@ class CopyEngine(Protocol):
         """End the worker thread."""
 
 
+_Jobs = queue.SimpleQueue["Copy | threading.Event | None"]
+
+
+def _end_jobs(queues: list[_Jobs]) -> None:
+    for jobs in queues:
+        jobs.put(None)
+
+
 class _Worker:
     """A daemon thread that performs copies in order, without keeping its engine."""
 
     def __init__(self, perform: Callable[[Copy], None]) -> None:
-        self._jobs: queue.SimpleQueue[Copy | threading.Event | None]
-        self._jobs = queue.SimpleQueue()
+        self._jobs: list[_Jobs] = []  # the last one is the thread's
         self._perform = perform
         self._thread: threading.Thread | None = None  # from the first copy on
         # A model that is dropped without detach ends its thread too.
-        self.close = weakref.finalize(self, self._jobs.put, None)
+        self.close = weakref.finalize(self, _end_jobs, self._jobs)
 
     @staticmethod
-    def _run(
-        jobs: queue.SimpleQueue[Copy | threading.Event | None],
-        perform: Callable[[Copy], None],
-    ) -> None:
+    def _run(jobs: _Jobs, perform: Callable[[Copy], None]) -> None:
         while (job := jobs.get()) is not None:
             if isinstance(job, threading.Event):
                 job.set()
@@ -151,18 +155,22 @@ class _Worker:
             del job
 
     def put(self, copy: Copy) -> None:
-        if self._thread is not None and not self._thread.is_alive():
-            self._jobs = queue.SimpleQueue()  # this process was forked
-            self._thread = None
-        self._jobs.put(copy)
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._run,
-                args=(self._jobs, self._perform),
-                name="hookoffload-copies",
-                daemon=True,
-            )
-            self._thread.start()
+        if self._thread is None or not self._thread.is_alive():
+            self._start()  # for the first time, or this process was forked
+        self._jobs[-1].put(copy)
+
+    def _start(self) -> None:
+        jobs: _Jobs = queue.SimpleQueue()
+        # Known first, so that `close` ends a thread that Ctrl-C found half started.
+        self._jobs.append(jobs)
+        thread = threading.Thread(
+            target=self._run,
+            args=(jobs, self._perform),
+            name="hookoffload-copies",
+            daemon=True,
+        )
+        thread.start()
+        self._thread = thread
 
     def wait(self, copy: Copy) -> None:
         """Return when a copy has been performed, if need be again after a fork."""
@@ -173,12 +181,12 @@ class _Worker:
     def drain(self) -> None:
         if self._thread is not None and self._thread.is_alive():
             reached = threading.Event()
-            self._jobs.put(reached)
+            self._jobs[-1].put(reached)
             reached.wait()
 
     def join(self) -> None:
         self.close()
-        if self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join()
 
 

@@ -4,8 +4,8 @@
 Behind a forward the bytes of a streamed layer are overwritten by those of another one.
 Whatever the forward hands out or keeps that looks at them must not be let go as it is:
 
-* tensors in its output, in the containers and objects among its inputs and, as long as
-  the probe looks, in the attributes of its module: they become copies, in place;
+* tensors in its output, in the containers and objects among its inputs and in the
+  attributes of its module: they become copies, in place;
 * a graph for backward through the layer's weights: `RuntimeError` at the output;
 * the same graph kept on the side: PyTorch asks a hook about every tensor that it saves
   for backward. The hook belongs to the thread, from the beginning of the outermost call
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .hooks import Site
 
 _PLAIN = (torch.Tensor, int, float, bool, str, type(None))
+_FIXED = (nn.Parameter, int, float, bool, str)  # an attribute that is one stays one
 
 
 class Escapes:
@@ -92,8 +93,16 @@ class Escapes:
         if all(_stays(layer) for layer in site.layers):
             return
         attributes = site.module.__dict__
-        for name, value in list(attributes.items()):
-            if name.startswith("_") and name in _OF_PYTORCH:
+        if len(attributes) != site.attribute_count:
+            site.attribute_count = len(attributes)
+            site.watched = tuple(
+                name
+                for name, value in attributes.items()
+                if name not in _OF_PYTORCH and not isinstance(value, _FIXED)
+            )
+        for name in site.watched:
+            value = attributes.get(name)
+            if value is None:
                 continue
             cleared = self._clear(value, self._is_view, site.name)
             if cleared is not None:

@@ -45,11 +45,13 @@ class Site(NotCopied):
         "_handles",
         "active",
         "atomic",
+        "attribute_count",
         "layers",
         "module",
         "name",
         "outside",
         "session",
+        "watched",
     )
 
     def __init__(
@@ -69,6 +71,9 @@ class Site(NotCopied):
         self.atomic = atomic
         self.outside = outside
         self.active = 0
+        # Attributes of the module that can come to hold a view, see `Escapes`.
+        self.watched: tuple[str, ...] = ()
+        self.attribute_count = -1
         self._handles: list[RemovableHandle] = []
 
     def register(self) -> None:
@@ -111,11 +116,17 @@ class Site(NotCopied):
             session.leave_call()
             return None
         self.recover_if_left()
+        if session.calls.depth == 1 and session.part_changed():
+            # The layers were made anew, and so were the sites. The post hook that will
+            # run is the new one's.
+            session.leave_call()
+            renewed = session.site_of(module)
+            return None if renewed is None else renewed.pre(module, args, kwargs)
         self.active += 1
         entered: list[Layer] = []
         try:
             if session.calls.depth == 1:
-                session.begin_call_of_part()
+                session.begin_outermost_call()
             for layer in self.layers:
                 session.bind(layer)
                 entered.append(layer)
@@ -150,8 +161,7 @@ class Site(NotCopied):
             session.probe.leave(self)
         try:
             kept = escapes.checked_output(self, args, kwargs, output)
-            if session.probe is not None:
-                escapes.clear_attributes(self)
+            escapes.clear_attributes(self)
         finally:
             self.active -= 1
             for layer in reversed(self.layers):

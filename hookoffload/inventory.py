@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .master import Master, Member
+from .master import Master, Member, version_of
 
 
 class Inventory:
@@ -23,9 +23,12 @@ class Inventory:
     def __init__(self) -> None:
         self._managed: dict[int, tuple[Master, Member]] = {}
         self._tensors: list[torch.Tensor] = []
-        self._pointers: list[int] = []  # where they were when all was in order
+        self._seen: list[Any] = []  # where and how they lay when all was in order
         self._registries: list[dict[str, Any]] = []
         self._registered: list[Any] = []
+        # Masters that a state dict handed out while a copy was in use, and how often
+        # they had been written to.
+        self._handed_out: dict[int, tuple[Master, Member, int]] = {}
 
     def renew(self, model: nn.Module, masters: Iterable[Master]) -> None:
         """Take what there is now for what there has to be."""
@@ -35,7 +38,8 @@ class Inventory:
             for member in master.members
         }
         self._tensors = [member.tensor for _, member in self._managed.values()]
-        self._pointers = []
+        self._seen = []
+        self._handed_out = {}
         self._registries = [
             registry
             for module in model.modules()
@@ -46,8 +50,9 @@ class Inventory:
 
     def forget(self) -> None:
         """Drop what refers to tensors."""
-        self._managed, self._tensors, self._pointers = {}, [], []
+        self._managed, self._tensors, self._seen = {}, [], []
         self._registries, self._registered = [], []
+        self._handed_out = {}
 
     def __iter__(self) -> Iterator[Member]:
         """Yield every member of every master."""
@@ -56,6 +61,23 @@ class Inventory:
     def find(self, tensor: torch.Tensor) -> tuple[Master, Member] | None:
         """Return what manages a tensor object, None if nothing does."""
         return self._managed.get(id(tensor))
+
+    def hand_out(self, master: Master, member: Member) -> torch.Tensor:
+        """Return a member's value at rest for a state dict, and watch what is done."""
+        rest = member.rest
+        self._handed_out[id(rest)] = (master, member, version_of(rest))
+        return rest
+
+    def written_by_holders(self) -> list[Master]:
+        """Return masters that whoever has a state dict wrote to since the last look."""
+        written = []
+        for key, (master, member, version) in list(self._handed_out.items()):
+            if id(member.rest) != key:
+                del self._handed_out[key]  # it rests somewhere else now
+            elif version_of(member.rest) != version:
+                self._handed_out[key] = (master, member, version_of(member.rest))
+                written.append(master)
+        return written
 
     def compute_dtypes(self) -> dict[int, torch.dtype]:
         """Return what the tensors are inside forwards, by the ids of the objects."""
@@ -72,17 +94,23 @@ class Inventory:
 
     def given_other_data(self) -> list[tuple[Master, Member]]:
         """Return the tensors that were given other bytes (``tensor.data = new``)."""
-        pointers = list(map(torch.Tensor.data_ptr, self._tensors))
-        if pointers == self._pointers:
+        tensors = self._tensors
+        pointers = list(map(torch.Tensor.data_ptr, tensors))
+        # ``p.data = p.data.t()`` and ``p.data[:10]`` begin where the others did.
+        shapes = list(map(torch.Tensor.size, tensors))
+        strides = list(map(torch.Tensor.stride, tensors))
+        seen = [pointers, shapes, strides]
+        if seen == self._seen:
             return []
         others = []
         for (master, member), pointer in zip(
             self._managed.values(), pointers, strict=True
         ):
-            if pointer not in (member.rest_pointer, member.bound_pointer):
+            known = pointer in (member.rest_pointer, member.bound_pointer)
+            if not known or not member.lies_as_before():
                 others.append((master, member))
         if not others:
-            self._pointers = pointers
+            self._seen = seen
         return others
 
     def _values(self) -> Iterator[Any]:

@@ -66,6 +66,11 @@ class Member:
         """Return this member over a flat tensor whose master begins at ``start``."""
         return base.as_strided(self.shape, self.stride, start + self.location_in_master)
 
+    def lies_as_before(self) -> bool:
+        """Tell whether the tensor has its shape and strides."""
+        tensor = self.tensor
+        return tensor.shape == self.shape and tensor.stride() == self.stride
+
     def set_rest(self, rest: torch.Tensor) -> None:
         """Make ``rest`` the value at rest (does not touch the tensor)."""
         self.rest = rest

@@ -60,6 +60,8 @@ class Passes:
             for master, member in moved:
                 master.check_same(member)
             session.sync_masters()
+        for written in session.inventory.written_by_holders():
+            session.note_write(written)
         session.begin_outermost_call()
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
         probing = self._probe_next and bool(session.sites)

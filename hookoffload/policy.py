@@ -251,7 +251,9 @@ class OffloadPolicy:
         wanted = self._said_compute_device() or default_device()
         compute = present_device(self._compute_field(), wanted) if here else wanted
         offload, onload, preparing = self._placements(compute)
-        folder = None if self.disk_dir is None else Path(self.disk_dir).expanduser()
+        folder = None
+        if self.disk_dir is not None:  # absolute: the program may change its folder
+            folder = Path(self.disk_dir).expanduser().absolute()
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"disk_dir={str(folder)!r} is not a folder")
         limit, pinned = self.limit_gb, self.pin_limit_gb

@@ -276,10 +276,17 @@ class Session(NotCopied):
             self._end_outermost_call()
         self.calls.leave()
 
-    def begin_call_of_part(self) -> None:
-        """Get ready for the call of a part by itself, without the root."""
-        self._take_over_untied()
-        self.begin_outermost_call()
+    def part_changed(self) -> bool:
+        """Take edits over before a part is called by itself, without the root.
+
+        Returns:
+            Whether layers and sites were made anew.
+        """
+        return self._take_over_untied()
+
+    def site_of(self, module: nn.Module) -> Site | None:
+        """Return the site of a module, None if it needs none."""
+        return next((site for site in self.sites if site.module is module), None)
 
     def begin_outermost_call(self) -> None:
         """Get ready for calls, of the root or of a part."""
@@ -336,6 +343,11 @@ class Session(NotCopied):
         if self.calls.enter(by_hand=True):
             self._forget_interrupted_calls()
         try:
+            if self.ended:
+                raise RuntimeError(
+                    f"{what}: {type(self.model).__name__} was detached by another "
+                    "thread in the meantime; call attach_offload_hooks first"
+                )
             self.require_no_call(what)
             if what != "detach":
                 self._take_over_untied()
@@ -396,11 +408,13 @@ class Session(NotCopied):
         self._page_lock.lock(self.store.masters)
         self._adopt_buffers(self.always.masters)
 
-    def _take_over_untied(self) -> None:
+    def _take_over_untied(self) -> bool:
         """Make layers anew if tensors that shared memory do so no longer."""
-        if self._untie():
+        untied = bool(self._untie())
+        if untied:
             with torch.inference_mode(False):
                 self.take_over_replaced()
+        return untied
 
     def _untie(self) -> list[Master]:
         """Part tensors that were given other data from what they shared memory with.
@@ -485,6 +499,17 @@ class Session(NotCopied):
             self.always.sync()
             for layer in self.layers:
                 self.mover.sync(layer)
+        if not self.hooks_hang and not self.all_stay:
+            self.register_hooks()
+
+    def note_write(self, master: Master) -> None:
+        """Take the bytes at rest for newer than those that are resident."""
+        master.note_change()
+        for layer in self.layers:
+            if master in layer.masters and layer.stays_bound:
+                with torch.inference_mode(False):
+                    self.mover.evict(layer)
+                self.mover.plan = None  # so that it is made resident again
         if not self.hooks_hang and not self.all_stay:
             self.register_hooks()
 

@@ -121,8 +121,9 @@ class StateHooks(NotCopied):
                 value = state.get(prefix + key)
                 if found is None or not isinstance(value, torch.Tensor):
                     continue
-                if value is not tensor:  # keep_vars=True asks for the objects
-                    state[prefix + key] = found[1].rest
+                bound = value.data_ptr() != found[1].rest_pointer
+                if value is not tensor and bound:  # keep_vars=True asks for the objects
+                    state[prefix + key] = inventory.hand_out(*found)
         self._leave()
 
     def _before_load(self, module: nn.Module, *_: Any) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "examples" / "benchmarks"
 
 TINY_DIT = ["--device=cpu", "--layers=4", "--heads=1", "--resolution=64"]
 
@@ -28,7 +29,7 @@ def test_dit_under_a_limit_gives_the_plain_model_s_output(tmp_path: Path) -> Non
         text=True,
         timeout=300,
         # A second thread has nothing to do here, and waits for it in a busy loop.
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 

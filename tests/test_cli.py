@@ -40,7 +40,8 @@ def small_checkpoint(
 def start_demo(cache: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "hookoffload", "demo", "--device=cpu", *options],
-        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        # A second thread has little to do here, and waits for it in a busy loop.
+        env=os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -49,10 +50,10 @@ def start_demo(cache: Path, *options: str) -> subprocess.Popen[str]:
 
 
 class Demo:
-    """A demo of 0.125 GiB that ran as its user runs it, with its output in pipes."""
+    """A demo of 0.05 GiB that ran as its user runs it, with its output in pipes."""
 
     def __init__(self, cache: Path) -> None:
-        process = start_demo(cache, "--size-gb=0.125")
+        process = start_demo(cache, "--size-gb=0.05")
         self.out, self.err = process.communicate(timeout=300)
         self.status = process.returncode
         self.files = list(cache.rglob("*.*"))
@@ -101,7 +102,7 @@ def test_demo_ends_well_and_its_outputs_are_identical(ran: Demo) -> None:
 
 def test_limited_run_of_the_demo_takes_less_than_half_of_the_plain(ran: Demo) -> None:
     plain, limited = ran.figures("peak memory (GiB)")
-    assert 0.125 <= plain < 0.25
+    assert 0.04 <= plain < 0.1
     assert 0 < limited < plain / 2
 
 

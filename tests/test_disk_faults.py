@@ -56,6 +56,12 @@ def _fast_garbage_collection() -> None:
     freeze_old_objects()
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for no disk: only a loss of power tells."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
 def _saved(folder: Path, model: nn.Module | None = None) -> Path:
     save_model(model or tiny_model(), folder, progress=False)
     return folder / "model.safetensors"

@@ -155,6 +155,34 @@ def test_view_that_a_module_keeps_of_its_weight_keeps_its_bytes(tmp_path: Path) 
     _assert_right(ReadsWhatWasKept(), tmp_path)
 
 
+class CachesBySize(nn.Linear):
+    """Keeps a view for each size that it meets, also in later forwards."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH, bias=False)
+        self.cache: dict[int, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) not in self.cache:
+            self.cache[len(x)] = self.weight.t()
+        return x @ self.cache[len(x)]
+
+
+def test_view_that_is_kept_in_a_later_forward_keeps_its_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(CachesBySize() for _ in range(5)))
+    plain = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(5)))
+    plain.load_state_dict(model.state_dict())
+    inputs = [torch.randn(n, WIDTH) for n in (1, 2, 3)]
+    expected = [run(plain, x) for x in inputs]
+    with offloaded(model, on_disk(tmp_path)):
+        for _ in range(2):
+            for x, wanted in zip(inputs, expected, strict=True):
+                assert_same(run(model, x), wanted)
+    for x, wanted in zip(inputs, expected, strict=True):
+        assert_same(run(model, x), wanted)
+
+
 class Appends(nn.Linear):
     def forward(self, x: torch.Tensor, rows: list[torch.Tensor]) -> torch.Tensor:
         rows.append(self.weight[0])
@@ -241,6 +269,16 @@ def test_derivative_of_an_attached_model_is_refused(
     with offloaded(model, on_disk(tmp_path)):
         with pytest.raises(RuntimeError, match=r"Call detach\(model\) first"):
             transform(model, x)
+        assert_same(run(model, x), expected)
+
+
+def test_export_of_an_attached_model_is_refused_naming_detach(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    x = torch.randn(2, 8)
+    expected = run(model, x)
+    with offloaded(model, on_disk(tmp_path)):
+        with pytest.raises(RuntimeError, match=r"Call detach\(model\) first"):
+            torch.export.export(model, (x,), strict=False)
         assert_same(run(model, x), expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 def test_sentence_encoder_in_a_quarter_of_its_size_gives_the_same_embeddings() -> None:
@@ -19,6 +21,8 @@ def test_sentence_encoder_in_a_quarter_of_its_size_gives_the_same_embeddings() -
         capture_output=True,
         text=True,
         timeout=300,
+        # The one of these tests, installed or not.
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert ended.returncode == 0, ended.stderr
     assert "embeddings identical to the plain model's: True" in ended.stdout

@@ -689,3 +689,48 @@ def test_model_from_a_checkpoint_has_the_same_life(tmp_path: Path) -> None:
     detach(model)
     assert_same(run(model, tokens()), run(plain, tokens()))
     copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("limit_gb", [0, None])
+def test_state_dict_that_is_written_to_later_changes_the_weights(
+    tmp_path: Path, limit_gb: float | None
+) -> None:
+    """A running average keeps a state dict and writes to it between forwards."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 8)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=limit_gb))
+    for _ in range(2):
+        assert_same(run(model, x), run(plain, x))
+    held, held_plain = model.state_dict(), plain.state_dict()
+    for _ in range(3):
+        for state in (held, held_plain):
+            for tensor in state.values():
+                tensor.mul_(0.5)
+        assert_same(run(model, x), run(plain, x))
+    detach(model)
+    assert_same(run(model, x), run(plain, x))
+
+
+def test_data_of_another_shape_in_the_same_memory_is_noticed(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    attach_offload_hooks(model, on_disk(tmp_path))
+    model[0].weight.data = model[0].weight.data[:3]
+    with pytest.raises(RuntimeError, match=r"with shape \(3, 8\)"):
+        run(model, torch.zeros(1, 8))
+    detach(model)
+
+
+def test_disk_dir_is_found_again_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    x = torch.zeros(1, 8)
+    wanted = run(model, x)
+    attach_offload_hooks(model, on_disk(Path("spill")))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert_same(run(model, x), wanted)
+    detach(model)
+    assert not list((tmp_path / "spill").iterdir())

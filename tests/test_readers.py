@@ -198,9 +198,9 @@ def test_ten_thousand_small_tensors_load_soon(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     state = {f"p{number}": torch.full((8,), float(number)) for number in range(10_000)}
     save_file(state, path)
-    started = time.perf_counter()
+    started = time.process_time()
     model = _load(Many, path)
-    assert time.perf_counter() - started < 30, "and not with the square of the number"
+    assert time.process_time() - started < 30, "and not with the square of the number"
     assert_same(model.p1234.detach(), state["p1234"])
     assert_same(run(model, torch.zeros(8)), state["p9999"])
     detach(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +23,10 @@ from hookoffload import (
     offload,
     offload_stats,
     onload,
+    set_limit,
 )
+from hookoffload.session import Session
+from hookoffload.state_hooks import session_of
 from tests.small_models import (
     assert_same,
     expected,
@@ -414,6 +419,110 @@ def test_loading_from_inside_the_forward_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="load_state_dict was called from inside"):
         run(model, torch.zeros(1, 4))
     detach(model)
+
+
+def test_of_two_threads_that_attach_one_model_the_second_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    before = Snapshot(model, tmp_path)
+    begin = Session.begin
+    other: list[Worker] = []
+
+    def attach() -> None:
+        attach_offload_hooks(model, on_disk(tmp_path))
+
+    def begin_slowly(session: Session) -> None:
+        if not other:
+            other.append(Worker(attach))
+            time.sleep(0.1)
+        begin(session)
+
+    monkeypatch.setattr(Session, "begin", begin_slowly)
+    attach()
+    with pytest.raises(RuntimeError, match="has offload hooks already"):
+        other[0].result()
+    detach(model)
+    assert_untouched(model, before, same_memory=False)
+
+
+def test_thread_that_waited_while_the_model_was_detached_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    attach_offload_hooks(model, on_disk(tmp_path))
+    end = Session.end
+    late: list[Worker] = []
+
+    def end_slowly(session: Session) -> None:
+        late.append(Worker(set_limit, model, 1))
+        time.sleep(0.1)
+        end(session)
+
+    monkeypatch.setattr(Session, "end", end_slowly)
+    detach(model)
+    with pytest.raises(RuntimeError, match="was detached by another thread"):
+        late[0].result()
+
+
+def test_forward_gets_its_turn_beside_a_thread_that_loads_all_the_time(
+    tmp_path: Path,
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    attach_offload_hooks(model, on_disk(tmp_path))
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            model.load_state_dict(state)
+
+    loader = Worker(load)
+    try:
+        for _ in range(5):
+            in_thread(run, model, torch.zeros(1, 8))
+    finally:
+        stop.set()
+    loader.result()
+    detach(model)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forked_child_can_run_and_detach_its_model(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    x = torch.zeros(1, 8)
+    attach_offload_hooks(model, on_disk(tmp_path))
+    wanted = run(model, x)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(PATIENCE))
+        same = torch.equal(run(model, x), wanted)
+        detach(model)
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert_same(run(model, x), wanted)
+    detach(model)
+
+
+def test_ctrl_c_while_the_copying_thread_starts_does_not_block_detach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    x = torch.zeros(1, 8)
+    wanted = run(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path))
+
+    def interrupted(_thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, x)
+    assert_same(run(model, x), wanted)
+    in_thread(detach, model)
+    assert_same(run(model, x), wanted)
 
 
 @pytest.mark.gpu
