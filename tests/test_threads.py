@@ -26,7 +26,6 @@ from hookoffload import (
     set_limit,
 )
 from hookoffload.session import Session
-from hookoffload.state_hooks import session_of
 from tests.small_models import (
     assert_same,
     expected,

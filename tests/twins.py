@@ -241,6 +241,7 @@ class Twin:
         self._interrupted = False
         # Tensors that shared memory may have been untied: they take more than before.
         self._parted = False
+        self._swapped: set[int] = set()
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     # -- attach and detach ----------------------------------------------------------
@@ -258,6 +259,8 @@ class Twin:
             self._computing.train(self._rest.training)
             _cast_tied(self._computing, map(policy.computing, self._own))
             self._cast_rest(policy.at_rest)
+            for index in self._swapped:
+                self._swap_computing(index)
 
     def least(self, policy: PolicySpec) -> float:
         """Returns the least limit in GiB, as the error for a smaller one names it.
@@ -426,9 +429,14 @@ class Twin:
         if action.how == "swap":
             self._parted = True
             self._traces.note_untied(tensors[index])
+            self._swapped.add(index)
             if self._computing is not self._rest:
-                alone = list(tensors_of(self._computing).values())[index]
-                alone.data = references[index].data.clone().to(alone.dtype)
+                self._swap_computing(index)
+
+    def _swap_computing(self, index: int) -> None:
+        alone = list(tensors_of(self._computing).values())[index]
+        rest = list(tensors_of(self._rest).values())[index]
+        alone.data = rest.data.clone().to(alone.dtype)
 
     # -- the reference --------------------------------------------------------------
 
