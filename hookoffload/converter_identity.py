@@ -3,7 +3,8 @@
 The identity is made of what a function does, not of where it stands: its bytecode,
 its defaults, what it holds in its closure, and the functions and values that it finds
 in its module. Source text is not used: after an edit it is not that of the function
-which is running. Of other modules only the file counts as a whole.
+which is running. Of other modules only the file counts as a whole. What it asks the
+system for (environment variables, the time) is not in it.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class _Description:
             return _module(value)
         if isinstance(value, (type, types.FunctionType)):
             module = sys.modules.get(value.__module__)
-            return (value.__qualname__, module and _module(module))
+            return (value.__qualname__, module and _module(module), self._values(value))
         if isinstance(value, logging.Logger):
             return value.name
         if callable(value) and isinstance(getattr(value, "__name__", None), str):
@@ -141,6 +142,18 @@ class _Description:
             cells,
             [(name, self.of(found[name])) for name in names],
         )
+
+    def _values(self, kind: type | types.FunctionType) -> object:
+        """Describe what a class of the converter's package holds: it can be changed."""
+        near = str(kind.__module__).partition(".")[0] == self._package
+        if not near or not isinstance(kind, type):
+            return ()
+        plain = (*_PLAIN, tuple, list, dict, set, frozenset)
+        return [
+            (name, self.of(value))
+            for name, value in vars(kind).items()
+            if not name.startswith("__") and isinstance(value, plain)
+        ]
 
     def _code(self, code: types.CodeType) -> object:
         return (

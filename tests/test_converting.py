@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -569,6 +569,26 @@ def test_converters_that_differ_in_anything_are_told_apart() -> None:
     found = [identity_of(one) for one in [keyword, other, *objects]]
     assert None not in found
     assert len(set(found)) == len(found)
+
+
+class _Settings:
+    scale = 2.0
+    names: ClassVar[dict[str, str]] = {}
+
+
+def _by_settings(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {_Settings.names.get(n, n): t * _Settings.scale for n, t in state.items()}
+
+
+def test_value_that_a_class_of_the_converter_s_module_holds_is_part_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = identity_of(_by_settings)
+    assert before == identity_of(_by_settings)
+    monkeypatch.setattr(_Settings, "scale", 1.0)
+    changed = identity_of(_by_settings)
+    monkeypatch.setitem(_Settings.names, "a", "b")
+    assert len({before, changed, identity_of(_by_settings)}) == 3
 
 
 def test_what_holds_a_file_or_a_tensor_is_not_recognised(tmp_path: Path) -> None:
