@@ -139,7 +139,7 @@ class _Worker:
         self._perform = perform
         self._thread: threading.Thread | None = None  # from the first copy on
         # A model that is dropped without detach ends its thread too.
-        self.close = weakref.finalize(self, _end_jobs, self._jobs)
+        self._finalizer = weakref.finalize(self, _end_jobs, self._jobs)
 
     @staticmethod
     def _run(jobs: _Jobs, perform: Callable[[Copy], None]) -> None:
@@ -161,7 +161,7 @@ class _Worker:
 
     def _start(self) -> None:
         jobs: _Jobs = queue.SimpleQueue()
-        # Known first, so that `close` ends a thread that Ctrl-C found half started.
+        # Known first, so that `join` ends a thread that Ctrl-C found half started.
         self._jobs.append(jobs)
         thread = threading.Thread(
             target=self._run,
@@ -185,9 +185,10 @@ class _Worker:
             reached.wait()
 
     def join(self) -> None:
-        self.close()
+        _end_jobs(self._jobs)  # not by the finalizer: it runs once, Ctrl-C or not
         if self._thread is not None and self._thread.is_alive():
             self._thread.join()
+        self._finalizer.detach()
 
 
 class HostCopyEngine:

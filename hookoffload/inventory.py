@@ -32,21 +32,22 @@ class Inventory:
 
     def renew(self, model: nn.Module, masters: Iterable[Master]) -> None:
         """Take what there is now for what there has to be."""
-        self._managed = {
+        managed = {
             id(member.tensor): (master, member)
             for master in masters
             for member in master.members
         }
-        self._tensors = [member.tensor for _, member in self._managed.values()]
-        self._seen = []
-        self._handed_out = {}
-        self._registries = [
+        tensors = [member.tensor for _, member in managed.values()]
+        registries = [
             registry
             for module in model.modules()
             for registry in (module._parameters, module._buffers, module._modules)
             if isinstance(registry, dict)  # those of scripted modules are not
         ]
-        self._registered = list(self._values())
+        # All at once: Ctrl-C must not leave some of it old.
+        self._seen, self._handed_out = [], {}
+        self._registries, self._registered = registries, list(_values(registries))
+        self._managed, self._tensors = managed, tensors
 
     def forget(self) -> None:
         """Drop what refers to tensors."""
@@ -90,7 +91,7 @@ class Inventory:
         """Tell whether another tensor or module is registered than there was."""
         if sum(map(len, self._registries)) != len(self._registered):
             return True
-        return not all(map(is_, self._values(), self._registered))
+        return not all(map(is_, _values(self._registries), self._registered))
 
     def given_other_data(self) -> list[tuple[Master, Member]]:
         """Return the tensors that were given other bytes (``tensor.data = new``)."""
@@ -113,5 +114,6 @@ class Inventory:
             self._seen = seen
         return others
 
-    def _values(self) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, self._registries))
+
+def _values(registries: list[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, registries))

@@ -151,10 +151,11 @@ def _sources(
 ) -> dict[str, Source]:
     """Says where the bytes of each tensor are to be taken from."""
     at_rest = {
-        id(member.rest): (master, member)
+        _place(member.rest): (master, member)
         for session in sessions
         for master in (*session.store.masters, *session.always.masters)
         for member in master.members
+        if member.rest.numel()
     }
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     sources: dict[str, Source] = {}
@@ -166,7 +167,7 @@ def _sources(
                 "file cannot hold: it takes plain tensors. Save model.state_dict() "
                 "with torch.save, or make it a plain tensor or buffer first."
             )
-        found = at_rest.get(id(value))
+        found = at_rest.get(_place(value)) if value.numel() else None
         source = Source(value, value.dtype) if found is None else _at_rest(*found)
         check_storable(folder, name, source)
         same = (name in buffers, *_place(value)) if value.numel() else name
