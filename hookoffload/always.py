@@ -112,6 +112,9 @@ class AlwaysResident:
                 master.reconcile(lenient=True)
         if self._entered:
             self._take_back(self._cast)
+        else:
+            for master in self._cast.masters:
+                master.reconcile(lenient=True)
 
     @staticmethod
     def _take_back(layer: Layer, *, compare: bool = False) -> None:

@@ -95,6 +95,7 @@ class Session(NotCopied):
         self.inside_atomic: frozenset[int]
         self.read_in_place: set[int]  # ids of tables that are never brought in
         self._masters: dict[int, Master] = {}
+        self._parted: list[Master] = []  # of tensors that left their master
         self._outside_handles: list[RemovableHandle] = []
         self.hooks_hang = False
         self._call_begun = False
@@ -208,11 +209,11 @@ class Session(NotCopied):
         self.remove_hooks()
         self.root.remove()
         try:
-            parted = self._untie()
+            self._untie()
             self.mover.drop_all()
             self.always.release()
             self._page_lock.unlock(self.store.masters)
-            Store([*self.always.masters, *parted], None).restore()
+            Store([*self.always.masters, *self._parted], None).restore()
             self.store.restore()
         except Exception:
             self._let_go()  # a disk or a device refused: the hooks go nevertheless
@@ -232,6 +233,7 @@ class Session(NotCopied):
         # round, nothing here may keep the weights.
         self.sites, self.root_site = [], None
         self.layers, self._masters, self._moved_masters = [], {}, []
+        self._parted = []
         self.mover.set_layers((), ())
         self.store.masters = []
         self.state_hooks.forget()
@@ -321,6 +323,7 @@ class Session(NotCopied):
         self.root.forget_calls()
         self._end_outermost_call()
         self.state_hooks.forget_calls()
+        self._untie()  # before what is bound is taken for a forward's doing
         self.mover.drop_all()
         self.passes.interrupted()
 
@@ -407,35 +410,34 @@ class Session(NotCopied):
             self.onloaded = False
         self._page_lock.lock(self.store.masters)
         self._adopt_buffers(self.always.masters)
+        self._parted = []
 
     def _take_over_untied(self) -> bool:
         """Make layers anew if tensors that shared memory do so no longer."""
-        untied = bool(self._untie())
+        self._untie()
+        untied = bool(self._parted)
         if untied:
             with torch.inference_mode(False):
                 self.take_over_replaced()
         return untied
 
-    def _untie(self) -> list[Master]:
+    def _untie(self) -> None:
         """Part tensors that were given other data from what they shared memory with.
 
         ``tensor.data = new`` gives one of them new bytes, and must not change those
-        of the others. New strides need a master of their own as well.
-
-        Returns:
-            The masters of those that are alone now. They belong to no layer yet.
+        of the others. New strides need a master of their own as well. The masters of
+        those that are alone now belong to no layer until layers are made anew.
         """
-        parted = []
         for master, member in self.inventory.given_other_data():
             if member not in master.members:
                 continue  # parted already, and not yet taken stock of
             shared = len(master.members) > 1 or member.tensor.stride() != member.stride
             if shared and master.is_same(member):
-                parted.append(master.split_off(member))
-                self._masters[id(member.tensor)] = parted[-1]
+                alone = master.split_off(member)
+                self._parted.append(alone)
+                self._masters[id(member.tensor)] = alone
                 if master.members:
                     self._masters[id(master.members[0].tensor)] = master
-        return parted
 
     def _take_stock(self) -> None:
         masters = (*self._moved_masters, *self.always.masters)

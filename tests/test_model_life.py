@@ -734,3 +734,32 @@ def test_disk_dir_is_found_again_from_another_folder(
     assert_same(run(model, x), wanted)
     detach(model)
     assert not list((tmp_path / "spill").iterdir())
+
+
+def test_buffer_that_is_given_other_data_is_saved_with_it(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
+    policy = on_disk(tmp_path, compute_dtype=torch.bfloat16)
+    attach_offload_hooks(model, policy)
+    model[1].running_mean.data = torch.full((8,), 3.0)
+    assert torch.equal(model.state_dict()["1.running_mean"], torch.full((8,), 3.0))
+    detach(model)
+    assert torch.equal(model[1].running_mean, torch.full((8,), 3.0))
+
+
+def test_data_given_behind_an_interrupted_forward_keeps_its_strides(
+    tmp_path: Path,
+) -> None:
+    class Interrupted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(8, 8), Interrupted(8, 8))
+    model[1].weight.data = torch.randn(8, 8).T
+    attach_offload_hooks(model, on_disk(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, torch.zeros(1, 8))
+    new = torch.randn(8, 8)
+    model[1].weight.data = new.clone()
+    detach(model)
+    assert torch.equal(model[1].weight, new)
+    assert model[1].weight.stride() == new.stride()
