@@ -409,7 +409,9 @@ class Twin:
             self._own = [t.dtype for t in tensors_of(self.model).values()]
 
     def _edit(self, action: Edit) -> None:
-        if action.how == "data":
+        # Behind Ctrl-C tensors are still bound, maybe in another dtype and without the
+        # strides that swapped data would have at rest.
+        if action.how == "data" or (action.how == "swap" and self._interrupted):
             offload(self.model)
             self._interrupted = False
         tensors = list(tensors_of(self.model).values())
