@@ -115,8 +115,13 @@ class Site(NotCopied):
         if session.ended:
             session.leave_call()
             return None
-        self.recover_if_left()
-        if session.calls.depth == 1 and session.part_changed():
+        try:
+            self.recover_if_left()
+            changed = session.calls.depth == 1 and session.part_changed()
+        except BaseException:
+            session.leave_call()
+            raise
+        if changed:
             # The layers were made anew, and so were the sites. The post hook that will
             # run is the new one's.
             session.leave_call()

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hookoffload import (
+    BudgetExceededError,
     OffloadPolicy,
     attach_offload_hooks,
     detach,
@@ -26,6 +27,7 @@ from hookoffload import (
     set_limit,
 )
 from hookoffload.session import Session
+from hookoffload.state_hooks import session_of
 from tests.small_models import (
     assert_same,
     expected,
@@ -462,6 +464,27 @@ def test_thread_that_waited_while_the_model_was_detached_is_told(
     detach(model)
     with pytest.raises(RuntimeError, match="was detached by another thread"):
         late[0].result()
+
+
+def test_part_whose_edits_do_not_fit_the_limit_lets_other_threads_in(
+    tmp_path: Path,
+) -> None:
+    """Tensors that are untied take more; the error must not leave the model owned."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    attach_offload_hooks(model, on_disk(tmp_path))
+    session = session_of(model)
+    assert session is not None
+
+    def refuse() -> bool:
+        raise BudgetExceededError("too small")
+
+    session.part_changed = refuse  # type: ignore[method-assign]
+    with pytest.raises(BudgetExceededError):
+        run(model[0], torch.zeros(1, 64))
+    assert (session.calls.owner, session.calls.depth) == (None, 0)
+    del session.part_changed
+    in_thread(run, model[0], torch.zeros(1, 64))
+    detach(model)
 
 
 def test_forward_gets_its_turn_beside_a_thread_that_loads_all_the_time(
