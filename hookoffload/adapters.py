@@ -14,6 +14,7 @@ not, bit for bit, what a merged weight gives, which rounds ``weight + up @ down`
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ _CONVOLUTIONS = {
 ADAPTABLE = (nn.Linear, *_CONVOLUTIONS)
 
 
-class Adapter(NotCopied):
+class Adapter(NotCopied, ABC):
     """The LoRAs of one layer, as one pair of factors.
 
     Args:
@@ -121,6 +122,7 @@ class Adapter(NotCopied):
             self._handle.remove()
             self._handle = None
 
+    @abstractmethod
     def post(
         self,
         module: nn.Module,
@@ -129,7 +131,6 @@ class Adapter(NotCopied):
         output: Any,
     ) -> Any:
         """Add the product to the output; in place where nobody can tell."""
-        raise NotImplementedError
 
     def _may_write(self, x: torch.Tensor, output: torch.Tensor) -> bool:
         """Tell whether the output is this call's own, plain, and as precise as it is.

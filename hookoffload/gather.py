@@ -79,7 +79,7 @@ class GatherSite(Site):
             session.leave_call()
             raise
         if session.calls.depth == 1:
-            return session.to_compute_device((args, kwargs))  # type: ignore[no-any-return]
+            return session.to_compute_device((args, kwargs))
         return None
 
     def post(

@@ -84,7 +84,7 @@ class Passes:
             torch.set_autocast_cache_enabled(False)
         if session.probe is not None:
             session.probe.begin()
-        return inputs  # type: ignore[no-any-return]
+        return inputs
 
     def end(self, *, complete: bool) -> None:
         """Account for the forward that has ended."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ _NOTHING = nullcontext()
 
 # Looking rows up in the master pays when the table is larger than a few copies.
 _GATHER_BYTES = 2**20
+
+ValueT = TypeVar("ValueT")
 
 
 class Session(NotCopied):
@@ -548,14 +550,15 @@ class Session(NotCopied):
         if self.recorder is not None:
             self.recorder.looked_up(layer.name, nbytes)
 
-    def to_compute_device(self, value: Any) -> Any:
+    def to_compute_device(self, value: ValueT) -> ValueT:
         """Move the tensors of a call's inputs; containers are made anew as needed."""
         device = self.policy.compute_device
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor if tensor.device == device else tensor.to(device)
 
-        return map_tensors(value, move)
+        moved: ValueT = map_tensors(value, move)
+        return moved
 
     # -- figures --------------------------------------------------------------------
 
