@@ -313,7 +313,7 @@ class Adapters:
         self.forget()
         self._by_module = wanted
         # Where all layers stayed there were no hooks, and now they may not all stay.
-        session.register_hooks()
+        session.hooks.hang_all()
         session.keep_to_plan()
         if session.onloaded:
             self.onload()

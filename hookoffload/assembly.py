@@ -46,6 +46,11 @@ class Assembly:
         """Bytes that are on the compute device whatever happens."""
         return self.always.resident_bytes + self.always_cast.resident_bytes
 
+    def casts_buffers(self, sketch: SiteSketch) -> bool:
+        """Tell whether buffers of a site have another dtype while a call goes on."""
+        masters = (self.masters[id(g.members[0].tensor)] for g in sketch.buffers)
+        return any(master.codec.casts_streamed for master in masters)
+
     @property
     def moving(self) -> set[int]:
         """Indices of the layers that the compute device cannot use where they rest."""
@@ -97,7 +102,9 @@ def assemble(
         always=always,
         always_cast=cast,
         chains=found.chains,
-        sites=found.sites if moves or policy.offload != policy.onload else [],
+        sites=found.sites
+        if moves or cast.masters or policy.offload != policy.onload
+        else [],
         atomic=frozenset(id(s.module) for s in found.sites if s.atomic),
         inside_atomic=frozenset(
             id(module)

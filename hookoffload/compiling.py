@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 HookT = TypeVar("HookT", bound=Callable[..., Any])
 
@@ -32,4 +32,12 @@ def outside_graphs(hook: HookT) -> HookT:
 
 def dynamo_is_at_work() -> bool:
     """Tell whether Dynamo traces this, or compiles what runs between two graphs."""
-    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+    if torch.compiler.is_compiling():
+        return True
+    # Asked by setting it: get_eval_frame_callback() of torch 2.6 gives away a reference
+    # to None that it does not have, and the interpreter dies when none is left.
+    callback = set_eval_frame(None)
+    if callback is None:
+        return False
+    set_eval_frame(callback)
+    return True

@@ -49,6 +49,11 @@ class GatherSite(Site):
             )
         )
 
+    @property
+    def can_stand_by(self) -> bool:
+        """Never: whether the table is on the device is asked anew at each call."""
+        return False
+
     def pre(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +32,14 @@ class Site(NotCopied):
     the hook, and while it runs what is between two graphs, which keeps it from
     compiling what the hook calls. Compiled are the functions that the hooks are around.
 
+    [Note: hooks that stand by] Inside a forward of the root there is nothing to do for
+    a module whose layers all stay bound. Then one hook is left, which looks whether the
+    module is called by itself; if so it hangs the pair again. The layers' memory is
+    their own, so what the forward hands out may be a view of it. What makes a layer
+    rest again, in the middle of a pass or between two, hangs the pair first
+    (`HookSet.layer_evicted`); only modules that no other layer runs inside of stand by,
+    so it is never done to one that is running.
+
     Args:
         session: what the module is attached to.
         name: full name of the module.
@@ -38,7 +47,8 @@ class Site(NotCopied):
         layers: the layers, its own first.
         atomic: the subtree moves as one.
         outside: the hooks hang on no module; the session's global hook calls them
-            (see `Session.register_hooks`).
+            (see `HookSet`).
+        casts_buffers: buffers of the module have another dtype while a call goes on.
     """
 
     __slots__ = (
@@ -46,11 +56,13 @@ class Site(NotCopied):
         "active",
         "atomic",
         "attribute_count",
+        "casts_buffers",
         "layers",
         "module",
         "name",
         "outside",
         "session",
+        "stands_by",
         "watched",
     )
 
@@ -63,6 +75,7 @@ class Site(NotCopied):
         *,
         atomic: bool = False,
         outside: bool = False,
+        casts_buffers: bool = False,
     ) -> None:
         self.session = session
         self.name = name
@@ -70,14 +83,18 @@ class Site(NotCopied):
         self.layers = layers
         self.atomic = atomic
         self.outside = outside
+        self.casts_buffers = casts_buffers
         self.active = 0
         # Attributes of the module that can come to hold a view, see `Escapes`.
         self.watched: tuple[str, ...] = ()
         self.attribute_count = -1
+        self.stands_by = False
         self._handles: list[RemovableHandle] = []
 
     def register(self) -> None:
         """Hang the hooks on the module."""
+        if self.stands_by:
+            self.remove()
         if self._handles or self.outside:
             return
         # One by one: what is registered must be known if the next one fails.
@@ -97,6 +114,38 @@ class Site(NotCopied):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.stands_by = False
+
+    @property
+    def can_stand_by(self) -> bool:
+        """Whether there is nothing to do inside a forward of the root."""
+        if self.outside or self.casts_buffers or self.active or not self.layers:
+            return False
+        return all(layer.stays_bound and not layer.held for layer in self.layers)
+
+    def stand_by(self) -> None:
+        """Leave one hook, which only looks for calls of the module by itself."""
+        self.remove()
+        self.stands_by = True
+        self._handles.append(
+            self.module.register_forward_pre_hook(
+                self.look, prepend=True, with_kwargs=True
+            )
+        )
+
+    def look(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hang the pair again if nothing around this call takes care of the model."""
+        if dynamo_is_at_work():
+            return outside_graphs(self.look)(module, args, kwargs)
+        if self.session.calls.owner == threading.get_ident() and module is self.module:
+            return None
+        moved = self.pre(module, args, kwargs)
+        # This thread owns the model by now, and the model may have been taken apart.
+        if self.stands_by:
+            self.register()
+        return moved
 
     def pre(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -62,6 +62,7 @@ class LayerMover:
         self.order = ExecutionOrder(())
         self.plan: Plan | None = None
         self.recorder: Recorder | None = None
+        self.on_evict: Callable[[Layer], None] | None = None
         self._ranges = LayerRanges()
         self.window = Window(self.memory, self.engine, poison=poison)
         self.reached_bytes = 0  # taken when `apply` last ran out of memory
@@ -357,6 +358,8 @@ class LayerMover:
 
     def evict(self, layer: Layer) -> None:
         """Make a resident layer rest again; what was written to it is kept."""
+        if self.on_evict is not None:
+            self.on_evict(layer)
         self.order.unsettle()
         if layer.copy is not None:
             self._cancel(layer)

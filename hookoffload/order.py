@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 
 from .block_order import BlockOrder
 
@@ -29,11 +30,14 @@ class ExecutionOrder:
     __slots__ = (
         "_blocks",
         "_cursor",
+        "_heard",
         "_in_pass",
         "_positions",
         "_recorded",
         "_sequence",
         "_settled",
+        "_stale",
+        "_whole",
     )
 
     def __init__(self, predicted: Sequence[int], names: Sequence[str] = ()) -> None:
@@ -51,6 +55,9 @@ class ExecutionOrder:
         self._settled = 0
         self._recorded: list[int] = []
         self._in_pass = False
+        self._whole: tuple[int, ...] = ()  # with the layers that are not heard of
+        self._heard: set[int] | None = None
+        self._stale = False
         self._predict(tuple(predicted))
 
     @property
@@ -65,9 +72,28 @@ class ExecutionOrder:
 
     def begin_pass(self) -> None:
         """Starts recording a pass at the beginning of the prediction."""
+        if self._stale:
+            self._predict(self._whole)
         self._rewind()
         self._recorded = []
         self._in_pass = True
+
+    def hear_only(self, layers: Collection[int]) -> None:
+        """Goes on without the visits of all other layers, which need no copies."""
+        self._heard = set(layers)
+        self._predict(self._whole)
+
+    def hear(self, layer: int) -> None:
+        """Expects visits of one more layer, from the next pass on."""
+        if self._heard is not None:
+            self._heard.add(layer)
+            self._stale = True
+
+    def hear_all(self) -> None:
+        """Expects visits of all layers again, where they were before."""
+        if self._heard is not None:
+            self._heard = None
+            self._predict(self._whole)
 
     def visit(self, layer: int) -> bool:
         """Follows one layer, and records it if a pass is running.
@@ -156,7 +182,7 @@ class ExecutionOrder:
             self._blocks = None  # no guess is as good as this
             recorded = tuple(self._recorded)
             if recorded != self._sequence:
-                self._predict(recorded)
+                self._predict(self._with_unheard(recorded))
 
     def _learn(self, blocks: BlockOrder) -> None:
         """Predict the rest of the first pass from the block that has just ended."""
@@ -172,7 +198,34 @@ class ExecutionOrder:
             self._cursor = 0
             self._settled = 0
 
+    def _with_unheard(self, recorded: tuple[int, ...]) -> tuple[int, ...]:
+        """Puts layers that were not heard of behind those that they followed."""
+        if self._heard is None:
+            return recorded
+        known = self._heard.union(recorded)
+        first: list[int] = []
+        followers: dict[int, list[list[int]]] = {}
+        run = first
+        for layer in self._whole:
+            if layer in known:
+                run = []
+                followers.setdefault(layer, []).append(run)
+            else:
+                run.append(layer)
+        whole = list(first)
+        for layer in recorded:
+            whole.append(layer)
+            if runs := followers.get(layer):
+                whole += runs.pop(0)
+        for runs in followers.values():
+            whole += chain.from_iterable(runs)  # of layers that did not run this time
+        return tuple(whole)
+
     def _predict(self, sequence: tuple[int, ...]) -> None:
+        self._stale = False
+        self._whole = sequence
+        if self._heard is not None:
+            sequence = tuple(layer for layer in sequence if layer in self._heard)
         self._sequence = sequence
         self._cursor = 0
         self._settled = 0

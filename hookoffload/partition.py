@@ -85,6 +85,7 @@ class SiteSketch:
         atomic: its subtree moves as one and is not entered.
         outside: its hooks must not hang on the module itself (see
             `needs_outside_hooks`).
+        buffers: groups of buffers that its forward needs, which belong to no layer.
     """
 
     name: str
@@ -92,6 +93,7 @@ class SiteSketch:
     layers: list[int]
     atomic: bool
     outside: bool
+    buffers: list[TensorGroup] = field(default_factory=list)
 
 
 @dataclass
@@ -134,15 +136,18 @@ def partition(
     wanted: dict[int, _Wanted] = {}
     root_only: list[TensorGroup] = []
     for owner, module, kind in _units(model, module_map):
-        own = list(module.parameters(recurse=kind == "atomic"))
-        if not own:
+        whole = kind == "atomic"
+        own = list(module.parameters(recurse=whole))
+        own_buffers = list(module.buffers(recurse=whole))
+        if not own and not own_buffers:
             continue
         if owner is None:
             root_only.extend(group_of[id(p)] for p in own)
             continue
         entry = wanted.setdefault(id(owner), _Wanted(owner))
-        entry.atomic |= kind == "atomic"
+        entry.atomic |= whole and bool(own)
         entry.groups.extend(group_of[id(p)] for p in own)
+        entry.buffers.extend(group_of[id(b)] for b in own_buffers)
     always = [g for g in groups if g.is_buffer or g.low == g.high]
     always += [g for g in _unique(root_only) if g not in always]
     resting = {id(g) for g in always}
@@ -163,10 +168,13 @@ def partition(
             layers.append(LayerSketch(label, entry.module, fresh))
             layer_of.update((id(g), index) for g in fresh)
             used.insert(0, index)
-        if used:
-            outside = needs_outside_hooks(entry.module)
+        buffers = _unique(entry.buffers)
+        if used or buffers:
+            outside = bool(used) and needs_outside_hooks(entry.module)
             indices = list(dict.fromkeys(used))
-            site = SiteSketch(name, entry.module, indices, entry.atomic, outside)
+            site = SiteSketch(
+                name, entry.module, indices, entry.atomic, outside, buffers
+            )
             sites.append(site)
     _join(sites, joined, modules, by_name, layer_of, group_of)
     chains, held = _nesting(sites)
@@ -242,6 +250,7 @@ class _Wanted:
 
     module: nn.Module
     groups: list[TensorGroup] = field(default_factory=list)
+    buffers: list[TensorGroup] = field(default_factory=list)
     atomic: bool = False
 
 
@@ -371,6 +380,7 @@ def _nesting(
     sites: list[SiteSketch],
 ) -> tuple[list[tuple[int, ...]], frozenset[int]]:
     """Find the chains of sites that run inside one another, and the held layers."""
+    sites = [site for site in sites if site.layers]
     by_module = {id(site.module): site for site in sites}
     inside: dict[int, list[SiteSketch]] = {id(s): [] for s in sites}
     for site in sites:

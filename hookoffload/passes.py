@@ -68,8 +68,10 @@ class Passes:
         first = probing and not session.mover.counters.forwards
         self.apply(session.planner.for_pass(size, probing=first))
         all_stay = session.all_stay
-        if not session.hooks_hang and not all_stay:
-            session.register_hooks()
+        if probing:
+            session.hooks.hang_all()
+        else:
+            session.hooks.hang_if_needed()
         self.retire_probe()  # of a pass that was interrupted at its very end
         if probing:
             session.probe = Probe(session)
@@ -120,8 +122,8 @@ class Passes:
                 f"{error} [hookoffload: modules were found to read weights of other "
                 "ones, which the plan knows from now on: call the model again]",
             )
-        if complete and session.hooks_hang and session.all_stay:
-            session.remove_hooks()
+        if complete and (not self._probe_next or session.all_stay):
+            session.hooks.slim()
 
     def apply(self, plan: Plan) -> None:
         """Make memory what the plan says, or less where the device has less."""

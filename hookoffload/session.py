@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .adapters import Adapters
 from .always import AlwaysResident
@@ -20,7 +19,8 @@ from .calls import CallTracker, calls_under_way
 from .containers import map_tensors
 from .escapes import Escapes
 from .gather import GatherSite, can_gather
-from .hooks import OutsideHooks, Site
+from .hook_set import HookSet
+from .hooks import Site
 from .inventory import Inventory
 from .layer import Layer
 from .master import Master
@@ -98,8 +98,8 @@ class Session(NotCopied):
         self.read_in_place: set[int]  # ids of tables that are never brought in
         self._masters: dict[int, Master] = {}
         self._parted: list[Master] = []  # of tensors that left their master
-        self._outside_handles: list[RemovableHandle] = []
-        self.hooks_hang = False
+        self.hooks = HookSet(self)
+        self.mover.on_evict = self.hooks.layer_evicted
         self._call_begun = False
         self.passes = Passes(self)
         self.calls = CallTracker(frozenset(id(m) for m in model.modules()))
@@ -160,9 +160,12 @@ class Session(NotCopied):
                     return None
                 if masters[0].nbytes >= _GATHER_BYTES:
                     return GatherSite(self, sketch.name, sketch.module, layers[0])
-        # The probe steps aside in those that have their hooks outside; and a part that
-        # is called while the model is offloaded has to onload it.
-        if not layers and not sketch.outside and self._waits_where_it_rests:
+        # The probe steps aside in those that have their hooks outside; a part that is
+        # called while the model is offloaded has to onload it; and one that is called
+        # by itself finds its buffers as it does in a forward of the root.
+        casts_buffers = assembly.casts_buffers(sketch)
+        needed = layers or sketch.outside or casts_buffers
+        if not needed and self._waits_where_it_rests:
             return None
         return Site(
             self,
@@ -171,6 +174,7 @@ class Session(NotCopied):
             layers,
             atomic=sketch.atomic,
             outside=sketch.outside,
+            casts_buffers=casts_buffers,
         )
 
     @property
@@ -193,7 +197,7 @@ class Session(NotCopied):
             if self._waits_where_it_rests:
                 self._page_lock.lock(self.store.masters)
             self.root.register()
-            self.register_hooks()
+            self.hooks.hang_all()
             self._take_stock()
             self.state_hooks.register()
             logger.info("attached %s: %r", type(self.model).__name__, self.plan)
@@ -208,7 +212,7 @@ class Session(NotCopied):
 
     def _end(self) -> None:
         self.passes.retire_probe()
-        self.remove_hooks()
+        self.hooks.take_off()
         self.root.remove()
         try:
             self._untie()
@@ -243,29 +247,6 @@ class Session(NotCopied):
         self.adapters.forget()
         self.always.forget()
         self.planner.forget()
-
-    def register_hooks(self) -> None:
-        """Hang the hooks on every site but the root's, which `RootHooks` serves."""
-        for site in self.sites:
-            if site is not self.root_site:
-                site.register()
-        outside = {
-            id(site.module): site
-            for site in self.sites
-            if site.outside and site is not self.root_site
-        }
-        if outside and not self._outside_handles:
-            OutsideHooks(outside).register(self._outside_handles)
-        self.hooks_hang = True
-
-    def remove_hooks(self) -> None:
-        """Take the hooks off every site; those of the root stay."""
-        for site in self.sites:
-            site.remove()
-        for handle in self._outside_handles:
-            handle.remove()
-        self._outside_handles = []
-        self.hooks_hang = False
 
     # -- calls ----------------------------------------------------------------------
 
@@ -383,7 +364,7 @@ class Session(NotCopied):
         self.planner.set_limit(policy)
         self.policy = policy
         self.budget.set_limit(limit_bytes or None)
-        self.register_hooks()
+        self.hooks.hang_all()
         if limit_bytes and self.budget.used > limit_bytes:
             self.mover.apply(self.plan)  # give the memory back now
 
@@ -452,11 +433,11 @@ class Session(NotCopied):
 
     def rebuild(self) -> None:
         """Make layers and sites anew, from the model as it is now."""
-        self.remove_hooks()
+        self.hooks.take_off()
         self.mover.drop_all()
         self.always.release()
         self._build(partition(self.model, self.map, self.passes.joined))
-        self.register_hooks()
+        self.hooks.hang_all()
         self._take_stock()
         if self.onloaded:
             self.always.onload()
@@ -494,7 +475,7 @@ class Session(NotCopied):
                 self._page_lock.unlock(self.store.masters)
                 self.store.offload(self.policy.offload)
         self.onloaded = False
-        self.register_hooks()
+        self.hooks.hang_all()
 
     def sync_masters(self) -> None:
         """Bring everything that was written to tensors into their masters."""
@@ -503,8 +484,7 @@ class Session(NotCopied):
             self.always.sync()
             for layer in self.layers:
                 self.mover.sync(layer)
-        if not self.hooks_hang and not self.all_stay:
-            self.register_hooks()
+        self.hooks.hang_if_needed()
 
     def note_write(self, master: Master) -> None:
         """Take the bytes at rest for newer than those that are resident."""
@@ -514,8 +494,7 @@ class Session(NotCopied):
                 with torch.inference_mode(False):
                     self.mover.evict(layer)
                 self.mover.plan = None  # so that it is made resident again
-        if not self.hooks_hang and not self.all_stay:
-            self.register_hooks()
+        self.hooks.hang_if_needed()
 
     def rest_for_loading(self) -> None:
         """Put everything to rest, so that loading writes to masters only."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from hookoffload import (
     OffloadPolicy,
@@ -18,6 +19,7 @@ from hookoffload import (
     offload_plan,
     offload_stats,
     offloaded,
+    set_limit,
 )
 from tests.samples import (
     STREAMING,
@@ -305,6 +307,119 @@ def test_a_resident_layer_has_no_hook_at_all() -> None:
         moved = offload_stats(model).bytes_moved
         run(model, torch.randn(2, 32))
         assert offload_stats(model).bytes_moved == moved
+
+
+@pytest.mark.parametrize("limit_gb", [None, 0])
+@pytest.mark.parametrize("warm", [0, 3])
+def test_part_called_by_itself_writes_its_cast_buffer_as_in_a_forward_of_the_root(
+    limit_gb: float | None, warm: int
+) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.tensor(2.71742))
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.state.mul_(1.01)
+            return self.linear(x) * self.state
+
+    x = torch.randn(2, 4, dtype=torch.bfloat16)
+    states = []
+    for part in ("", "0"):
+        model = nn.Sequential(Counts())
+        policy = OffloadPolicy(
+            store="disk", compute_dtype=torch.bfloat16, limit_gb=limit_gb
+        )
+        attach_offload_hooks(model, policy)
+        for _ in range(warm):
+            run(model, x)
+        run(model.get_submodule(part), x)
+        detach(model)
+        states.append(model[0].state.item())
+    assert states[0] == states[1]
+
+
+def _hooks_by_name(model: nn.Module) -> dict[str, int]:
+    return {
+        name: len(module._forward_hooks) + len(module._forward_pre_hooks)
+        for name, module in model.named_modules()
+        if name and (module._forward_hooks or module._forward_pre_hooks)
+    }
+
+
+def _half_resident() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """Attach a model of which a part stays resident; it has found its plan."""
+    model, x = linears(depth=8), torch.randn(2, 32)
+    want = run(copy.deepcopy(model), x)
+    size = sum(p.nbytes for p in model.parameters())
+    policy = OffloadPolicy(store="disk", limit_gb=0.7 * size / 2**30)
+    attach_offload_hooks(model, policy)
+    for _ in range(3):
+        assert same_bits(run(model, x), want)
+    return model, x, want
+
+
+def test_a_resident_layer_among_streamed_ones_keeps_one_hook_that_only_looks() -> None:
+    model, x, want = _half_resident()
+    resident = {name for name, n in _hooks_by_name(model).items() if n == 1}
+    plan = offload_plan(model)
+    assert resident == {plan.layers[index].name for index in plan.resident}
+    assert 0 < len(resident) < 8
+    for name in (*resident, *resident):
+        part = model.get_submodule(name)
+        with torch.no_grad():
+            assert same_bits(run(part, x), F.linear(x, part.weight))
+        assert _hooks_by_name(model)[name] == 2
+    assert same_bits(run(model, x), want)
+    detach(model)
+    assert not _hooks_by_name(model)
+
+
+def test_a_resident_layer_that_has_to_go_gets_its_hooks_back() -> None:
+    model, x, want = _half_resident()
+    before = {name for name, n in _hooks_by_name(model).items() if n == 1}
+    set_limit(model, 0.5 * sum(p.nbytes for p in model.parameters()) / 2**30)
+    for _ in range(3):
+        assert same_bits(run(model, x), want)
+    after = {name for name, n in _hooks_by_name(model).items() if n == 1}
+    assert after < before
+    offload(model)
+    assert set(_hooks_by_name(model).values()) == {2}
+    assert same_bits(run(model, x), want)
+
+
+def test_an_edit_of_a_resident_layer_is_seen_by_the_next_forward_and_kept() -> None:
+    model, x, _ = _half_resident()
+    name = next(name for name, n in _hooks_by_name(model).items() if n == 1)
+    part = model.get_submodule(name)
+    with torch.no_grad():
+        part.weight.mul_(2)
+    plain = linears(depth=8)
+    plain.load_state_dict(model.state_dict())
+    assert same_bits(run(model, x), run(plain, x))
+    for each in (model, plain):
+        each.state_dict()[f"{name}.weight"].mul_(2)
+    before = offload_stats(model).bytes_moved
+    assert same_bits(run(model, x), run(plain, x))
+    brought = offload_plan(model).pass_bytes + part.weight.nbytes
+    assert offload_stats(model).bytes_moved - before == brought
+    model.get_submodule(name).weight.data = torch.zeros(32, 32)
+    plain.get_submodule(name).weight.data = torch.zeros(32, 32)
+    assert same_bits(run(model, x), run(plain, x))
+    detach(model)
+    assert same_bits(run(model, x), run(plain, x))
+
+
+def test_steady_passes_that_leave_residents_out_copy_what_the_plan_says() -> None:
+    model, x, _ = _half_resident()
+    before = offload_stats(model)
+    run(model, x)
+    after = offload_stats(model)
+    moved = after.bytes_moved - before.bytes_moved
+    plan = offload_plan(model)
+    assert moved == plan.pass_bytes
+    assert after.misses == before.misses
 
 
 def test_an_output_that_is_a_view_of_a_weight_stays_right() -> None:

@@ -258,3 +258,41 @@ def test_upcoming_is_exactly_what_comes_in_steady_passes(
     rest_and_next_pass = layers[done:] + layers
     promised = list(order.upcoming())
     assert promised == list(islice(rest_and_next_pass, len(layers)))
+
+
+def test_layers_that_are_not_heard_of_are_neither_expected_nor_forgotten() -> None:
+    order = ExecutionOrder([0, 1, 2, 3, 4])
+    run_pass(order, [0, 1, 2, 3, 4])
+    order.hear_only({1, 3})
+    assert run_pass(order, [1, 3]) == [True, True]
+    run_pass(order, [3, 1])
+    assert order.sequence == (3, 1)
+    order.hear_all()
+    assert order.sequence == (0, 3, 4, 1, 2)
+
+
+def test_a_layer_that_is_heard_again_is_expected_from_the_next_pass_on() -> None:
+    order = ExecutionOrder([0, 1, 2, 3])
+    order.hear_only({0, 3})
+    order.begin_pass()
+    order.visit(0)
+    order.hear(2)
+    assert not order.visit(2)
+    order.visit(3)
+    order.end_pass(complete=True)
+    assert run_pass(order, [0, 2, 3]) == [True, True, True]
+    order.hear_all()
+    assert order.sequence == (0, 1, 2, 3)
+
+
+@given(PASSES, st.lists(st.tuples(PASSES, st.sets(st.integers(0, 7))), max_size=4))
+def test_every_layer_of_a_prediction_is_still_there_when_all_are_heard_again(
+    predicted: list[int], rounds: list[tuple[list[int], set[int]]]
+) -> None:
+    order = ExecutionOrder(predicted)
+    for layers, heard in rounds:
+        unheard = set(order.sequence) - heard
+        order.hear_only(heard)
+        run_pass(order, [layer for layer in layers if layer in heard])
+        order.hear_all()
+        assert unheard <= set(order.sequence)
