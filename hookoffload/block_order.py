@@ -89,6 +89,17 @@ class BlockOrder:
         return place[0][0], place[1]
 
 
+def block_of(name: str) -> tuple[str, int] | None:
+    """Return the list and the number of the block that a layer is in, if any.
+
+    Example:
+        >>> block_of("blocks.7.attn.to_q")
+        ('blocks', 7)
+    """
+    place = _place(name)
+    return None if place is None else place[0]
+
+
 def _place(name: str) -> _Place | None:
     parts = name.split(".")
     for index, part in enumerate(parts):

@@ -113,11 +113,21 @@ class CallTracker:
         held: whether the owner is inside by hand (`detach`), not by a call.
     """
 
-    __slots__ = ("_free", "_lenders", "_modules", "_waiting", "depth", "held", "owner")
+    __slots__ = (
+        "_free",
+        "_lenders",
+        "_lock",
+        "_modules",
+        "_waiting",
+        "depth",
+        "held",
+        "owner",
+    )
 
     def __init__(self, modules: frozenset[int]) -> None:
         self._modules = modules
-        self._free = threading.Condition()
+        self._lock = threading.RLock()  # entered directly: twice in every hooked call
+        self._free = threading.Condition(self._lock)
         self._lenders: list[tuple[int, int]] = []  # owners that wait for guests
         self._waiting: deque[int] = deque()  # first come, first served
         self.owner: int | None = None
@@ -134,7 +144,7 @@ class CallTracker:
             Whether the level was taken over from a thread that was interrupted.
         """
         me = threading.get_ident()
-        with self._free:
+        with self._lock:
             stale = False
             if self.owner != me:
                 if self._has_lent(me):
@@ -184,7 +194,7 @@ class CallTracker:
 
     def leave(self) -> None:
         """Come one level up; at the top, let the next thread in."""
-        with self._free:
+        with self._lock:
             self.depth -= 1
             if self._lenders and self.depth == self._lenders[-1][1]:
                 self.owner, self.depth = self._lenders.pop()

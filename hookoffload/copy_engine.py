@@ -63,6 +63,12 @@ class Copy:
         name: full name of the layer.
         pieces: masters and the flat ``uint8`` tensors that take their bytes.
         after: tokens that must be waited for before the first byte is written.
+
+    Attributes:
+        ready: behind the last byte, on an accelerator.
+        queued: set when a worker has queued (on a CPU: performed) the copy; None if no
+            worker has to.
+        error: what went wrong in the worker.
     """
 
     __slots__ = (
@@ -87,7 +93,7 @@ class Copy:
         self.after = after
         self.nbytes = sum(destination.numel() for _, destination in pieces)
         self.ready: torch.Event | None = None
-        self.queued = threading.Event()
+        self.queued: threading.Event | None = None
         self.error: BaseException | None = None
         self.entry: CopyEntry | None = None  # only while a recorder notes copies
 
@@ -151,10 +157,13 @@ class _Worker:
                 perform(job)
             except BaseException as error:
                 job.error = error  # raised by `wait`, where somebody can act on it
+            assert job.queued is not None, "`put` made it"
             job.queued.set()
             del job
 
     def put(self, copy: Copy) -> None:
+        if copy.queued is None:
+            copy.queued = threading.Event()
         if self._thread is None or not self._thread.is_alive():
             self._start()  # for the first time, or this process was forked
         self._jobs[-1].put(copy)
@@ -174,7 +183,7 @@ class _Worker:
 
     def wait(self, copy: Copy) -> None:
         """Return when a copy has been performed, if need be again after a fork."""
-        while not copy.queued.wait(timeout=1.0):
+        while copy.queued is not None and not copy.queued.wait(timeout=1.0):
             if self._thread is None or not self._thread.is_alive():
                 self.put(copy)
 
@@ -204,7 +213,7 @@ class HostCopyEngine:
 
     def wait(self, copy: Copy) -> None:
         """Return when the bytes are there."""
-        if not copy.queued.is_set():
+        if copy.queued is not None and not copy.queued.is_set():
             began = time.perf_counter()
             self._worker.wait(copy)
             ended = time.perf_counter()
@@ -265,6 +274,7 @@ class StreamCopyEngine:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.Stream(device)
+        self._index = self._stream.device_index  # looked up faster than a device
         self._worker = _Worker(_StagedCopy(device, self._stream))
         self._stalled = 0.0
         # Pairs of events around the waits whose length is not known yet.
@@ -274,13 +284,12 @@ class StreamCopyEngine:
         """Begin a copy: queue it, or give it to the worker to be staged."""
         if all(master.pinned for master, _ in copy.pieces):
             _queue_copies(self._stream, copy)
-            copy.queued.set()
         else:
             self._worker.put(copy)
 
     def wait(self, copy: Copy) -> None:
         """Make the current stream wait for the copy."""
-        if not copy.queued.is_set():
+        if copy.queued is not None and not copy.queued.is_set():
             began = time.perf_counter()
             self._worker.wait(copy)
             ended = time.perf_counter()
@@ -292,7 +301,7 @@ class StreamCopyEngine:
         ready = copy.ready
         if ready is None or ready.query():
             return
-        stream = torch.accelerator.current_stream(self._device)
+        stream = torch.accelerator.current_stream(self._index)
         before = torch.Event(self._device, enable_timing=True)
         after = torch.Event(self._device, enable_timing=True)
         before.record(stream)
@@ -307,12 +316,12 @@ class StreamCopyEngine:
     def done(self) -> object | None:
         """Return an event behind the work that the current stream has so far."""
         event = torch.Event(self._device)
-        event.record(torch.accelerator.current_stream(self._device))
+        event.record(torch.accelerator.current_stream(self._index))
         return event
 
     def order_after(self, tokens: Sequence[object]) -> None:
         """Make the current stream wait for the tokens."""
-        stream = torch.accelerator.current_stream(self._device)
+        stream = torch.accelerator.current_stream(self._index)
         for token in tokens:
             assert isinstance(token, torch.Event)
             token.wait(stream)
@@ -324,7 +333,7 @@ class StreamCopyEngine:
         queued and has not run.
         """
         event = torch.Event(self._device)
-        event.record(torch.accelerator.current_stream(self._device))
+        event.record(torch.accelerator.current_stream(self._index))
         event.wait(self._stream)
 
     def poison(self, destination: torch.Tensor, token: object | None) -> None:
@@ -362,7 +371,7 @@ class _current:
 
     def __init__(self, stream: torch.Stream) -> None:
         self._stream = stream
-        self._before = torch.accelerator.current_stream(stream.device)
+        self._before = torch.accelerator.current_stream(stream.device_index)
 
     def __enter__(self) -> None:
         torch.accelerator.set_stream(self._stream)
@@ -379,7 +388,7 @@ def _queue_copies(stream: torch.Stream, copy: Copy) -> None:
         copy.entry.begin(stream)
     with _current(stream), profiler_range("copy", copy.name):
         for master, destination in copy.pieces:
-            destination.copy_(master.flat.view(torch.uint8), non_blocking=True)
+            destination.copy_(master.bytes, non_blocking=True)
     if copy.entry is not None:
         copy.entry.end(stream)
     ready = torch.Event(stream.device)

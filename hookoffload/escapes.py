@@ -74,7 +74,7 @@ class Escapes:
             RuntimeError: It would need a gradient through a streamed weight, or cannot
                 be kept clear of memory that is used again.
         """
-        if all(_stays(layer) for layer in site.layers):
+        if not _any_streams(site.layers):
             return None
         for value in (*args, *kwargs.values()):
             if type(value) is not torch.Tensor and not isinstance(value, _PLAIN):
@@ -90,7 +90,7 @@ class Escapes:
 
     def clear_attributes(self, site: Site) -> None:
         """Copy views of the window that a module has kept in its own attributes."""
-        if all(_stays(layer) for layer in site.layers):
+        if not _any_streams(site.layers):
             return
         attributes = site.module.__dict__
         if len(attributes) != site.attribute_count:
@@ -237,11 +237,14 @@ class Escapes:
 _OF_PYTORCH = frozenset(nn.Module().__dict__)
 
 
-def _stays(layer: Layer) -> bool:
-    """Tell whether a bound layer's bytes stay where they are behind its forward."""
-    if layer.stays_bound:
-        return True
-    return layer.resident is not None and layer.can_stay_bound
+def _any_streams(layers: Iterable[Layer]) -> bool:
+    """Tell whether bytes of bound layers are overwritten behind their forward."""
+    for layer in layers:  # in every hooked call: no generator
+        if not layer.stays_bound and not (
+            layer.resident is not None and layer.can_stay_bound
+        ):
+            return True
+    return False
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

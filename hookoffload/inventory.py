@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .master import Master, Member, version_of
+from .tensor_geometry import TensorGeometry
 
 
 class Inventory:
@@ -23,8 +24,11 @@ class Inventory:
     def __init__(self) -> None:
         self._managed: dict[int, tuple[Master, Member]] = {}
         self._tensors: list[torch.Tensor] = []
-        self._seen: list[Any] = []  # where and how they lay when all was in order
+        # Where and how they lay when all was in order.
+        self._pointers: list[int] = []
+        self._geometry = TensorGeometry([])
         self._registries: list[dict[str, Any]] = []
+        self._filled: list[dict[str, Any]] = []  # those of them that are not empty
         self._registered: list[Any] = []
         # Masters that a state dict handed out while a copy was in use, and how often
         # they had been written to.
@@ -45,14 +49,17 @@ class Inventory:
             if isinstance(registry, dict)  # those of scripted modules are not
         ]
         # All at once: Ctrl-C must not leave some of it old.
-        self._seen, self._handed_out = [], {}
+        self._pointers, self._handed_out = [], {}
+        self._geometry = TensorGeometry(tensors)
         self._registries, self._registered = registries, list(_values(registries))
+        self._filled = [registry for registry in registries if registry]
         self._managed, self._tensors = managed, tensors
 
     def forget(self) -> None:
         """Drop what refers to tensors."""
-        self._managed, self._tensors, self._seen = {}, [], []
-        self._registries, self._registered = [], []
+        self._managed, self._tensors, self._pointers = {}, [], []
+        self._geometry = TensorGeometry([])
+        self._registries, self._filled, self._registered = [], [], []
         self._handed_out = {}
 
     def __iter__(self) -> Iterator[Member]:
@@ -91,17 +98,14 @@ class Inventory:
         """Tell whether another tensor or module is registered than there was."""
         if sum(map(len, self._registries)) != len(self._registered):
             return True
-        return not all(map(is_, _values(self._registries), self._registered))
+        return not all(map(is_, _values(self._filled), self._registered))
 
     def given_other_data(self) -> list[tuple[Master, Member]]:
         """Return the tensors that were given other bytes (``tensor.data = new``)."""
         tensors = self._tensors
         pointers = list(map(torch.Tensor.data_ptr, tensors))
         # ``p.data = p.data.t()`` and ``p.data[:10]`` begin where the others did.
-        shapes = list(map(torch.Tensor.size, tensors))
-        strides = list(map(torch.Tensor.stride, tensors))
-        seen = [pointers, shapes, strides]
-        if seen == self._seen:
+        if pointers == self._pointers and self._geometry.is_unchanged():
             return []
         others = []
         for (master, member), pointer in zip(
@@ -111,7 +115,9 @@ class Inventory:
             if not known or not member.lies_as_before():
                 others.append((master, member))
         if not others:
-            self._seen = seen
+            self._pointers = pointers
+            if not self._geometry.is_unchanged():
+                self._geometry = TensorGeometry(tensors)
         return others
 
 

@@ -81,6 +81,7 @@ class Master:
     """The bytes of one tensor group at rest, and the members that share them."""
 
     __slots__ = (
+        "bytes",
         "castable",
         "codec",
         "count",
@@ -106,6 +107,7 @@ class Master:
         self.members = [Member(managed, low) for managed in group.members]
         first = group.members[0].tensor
         self.flat = _flat(first, low, group.high, self.mixed)
+        self.bytes = self.flat.view(torch.uint8)
         self.count = self.flat.numel()
         self.castable = not self.mixed and all(
             is_castable(managed.tensor) for managed in group.members
@@ -139,8 +141,7 @@ class Master:
         if self.location is not None:
             self.location.file.read_into(self.location, destination, start)
         else:
-            flat = self.flat.view(torch.uint8)
-            destination.copy_(flat[start : start + destination.numel()])
+            destination.copy_(self.bytes[start : start + destination.numel()])
 
     def become(self, flat: torch.Tensor, location: TensorLocation | None) -> None:
         """Take ``flat`` as the bytes at rest from now on, and put members on it."""
@@ -148,7 +149,7 @@ class Master:
         views = [self.member_view(member, flat) for member in self.members]
         for member, view in zip(self.members, views, strict=True):
             member.set_rest(view)
-        self.flat = flat
+        self.flat, self.bytes = flat, flat.view(torch.uint8)
         self.location = location
         self.dirty = self.pinned = False
         self.put_to_rest()

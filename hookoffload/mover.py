@@ -210,12 +210,18 @@ class LayerMover:
         Returns:
             Whether it was begun; False only if there was no room.
         """
+        streams = layer.resident is None or not layer.copies_into_residence
+        if not now and streams and not self.window.has_room(layer):
+            return False  # as half of all attempts to go on with copying
         revision = layer.revision()
         tokens: tuple[object, ...] = ()
-        pieces = [p for p in layer.pieces if p.region_offset is not None]
-        if layer.resident is not None and layer.copies_into_residence:
-            targets = [block.bytes for block in layer.resident]
-            self._under_way += sum(p.master.nbytes for p in pieces)
+        if not streams:
+            assert layer.resident is not None
+            pieces = [
+                (piece.master, block.bytes[: piece.master.nbytes])
+                for piece, block in zip(layer.pieces, layer.resident, strict=True)
+            ]
+            self._under_way += layer.copy_bytes
         elif not layer.stream_bytes:
             layer.copied_revision = revision
             return True  # the compute device reads it where it rests, and casts
@@ -226,16 +232,13 @@ class LayerMover:
             tokens = found
             block = self.window.block_of(layer)
             assert block is not None and layer.region is not None
-            begin = layer.region.offset
-            targets = [block.bytes[begin + (p.region_offset or 0) :] for p in pieces]
-        copy = Copy(
-            layer.name,
-            [
-                (piece.master, target[: piece.master.nbytes])
-                for piece, target in zip(pieces, targets, strict=True)
-            ],
-            tokens,
-        )
+            pieces = []
+            for piece in layer.pieces:
+                if piece.region_offset is not None:
+                    begin = layer.region.offset + piece.region_offset
+                    target = block.bytes[begin : begin + piece.master.nbytes]
+                    pieces.append((piece.master, target))
+        copy = Copy(layer.name, pieces, tokens)
         if self.recorder is not None:
             copy.entry = self.recorder.copy_queued(layer.name, copy.nbytes)
         # Started first: nothing waits for a copy that an interrupt kept from starting.
@@ -346,7 +349,8 @@ class LayerMover:
         copy = layer.copy
         assert copy is not None
         self.order.unsettle()
-        copy.queued.wait()
+        if copy.queued is not None:
+            copy.queued.wait()
         layer.copy = None
         layer.copied_revision = -1
         if layer.region is None:

@@ -15,8 +15,7 @@ bits. The probe steps aside inside those, and inside atomic layers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,15 +148,6 @@ class Probe(TorchFunctionMode):
         """Look away one level more (1) or less (-1)."""
         self._away = max(self._away + levels, 0)
 
-    @contextmanager
-    def looking_away(self) -> Iterator[None]:
-        """Do not take what happens inside for the model's doing."""
-        self._away += 1
-        try:
-            yield
-        finally:
-            self._away -= 1
-
     def outside_window(self, output: Any) -> Any:
         """Return an output of a module without layers, clear of the window."""
         if not self._on or not self._stack[-1][1]:
@@ -210,6 +200,12 @@ class Probe(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._on or self._away:
             return func(*args, **kwargs)
+        if not kwargs and self._layers.keys().isdisjoint(map(id, args)):
+            for value in args:
+                if isinstance(value, list | tuple):
+                    break
+            else:  # most calls: nothing that is managed, nowhere to look for it
+                return func(*args)
         bound: list[Layer] = []
         try:
             self._look(func, args, bound)

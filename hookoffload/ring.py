@@ -184,6 +184,10 @@ class RegionRing(_Block):
         """Bytes that cannot be taken: live, or freed between two live regions."""
         return self._used
 
+    def has_room(self, nbytes: int) -> bool:
+        """Tells whether `allocate` would find a place now."""
+        return nbytes <= self._capacity and self._place(nbytes) is not None
+
     def allocate(self, nbytes: int) -> tuple[Region, tuple[object, ...]] | None:
         """Takes a region at the head, or at the start of the block behind its end.
 
@@ -286,6 +290,10 @@ class RegionStack(_Block):
     def used(self) -> int:
         """Bytes that cannot be taken: live, or freed below a live region."""
         return self._regions[-1].end if self._regions else 0
+
+    def has_room(self, nbytes: int) -> bool:
+        """Tells whether `push` would find a place now."""
+        return nbytes <= self._capacity - self.used
 
     def push(self, nbytes: int) -> tuple[Region, tuple[object, ...]] | None:
         """Takes a region at the top.

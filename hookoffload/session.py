@@ -87,6 +87,9 @@ class Session(NotCopied):
         self.planner = PassPlanner(policy, self.budget, self.mover.memory)
         self.probe: Probe | None = None
         self.onloaded = False
+        # Whether masters were moved to the onload placement, also while the device has
+        # nothing (`rest_for_loading`).
+        self._masters_wait = False
         self.ended = False  # a thread may still wait at a hook that is off by now
         self.sites: list[Site] = []
         self.root_site: Site | None = None
@@ -451,6 +454,7 @@ class Session(NotCopied):
         with torch.inference_mode(False):
             self.store.note_private_writes()
             if not self._waits_where_it_rests:
+                self._masters_wait = True  # first: an interrupt leaves some of them so
                 self.store.onload(self.policy.onload)
                 self._page_lock.lock(self.store.masters)
             self.always.onload()
@@ -466,15 +470,15 @@ class Session(NotCopied):
 
     def offload(self) -> None:
         """Bring the model to its offload placement; no memory of the device is kept."""
-        was, self.onloaded = self.onloaded, False
+        self.onloaded = False
         with torch.inference_mode(False):
             self.mover.drop_all()
             self.always.release()
             self.adapters.release()
-            if was and not self._waits_where_it_rests:
+            if self._masters_wait:
                 self._page_lock.unlock(self.store.masters)
                 self.store.offload(self.policy.offload)
-        self.onloaded = False
+                self._masters_wait = False
         self.hooks.hang_all()
 
     def sync_masters(self) -> None:
@@ -521,7 +525,8 @@ class Session(NotCopied):
 
     def _unwatched(self) -> AbstractContextManager[object]:
         """Keep the probe from taking the library's own reads for the model's."""
-        return _NOTHING if self.probe is None else self.probe.looking_away()
+        # Switched off, not only told to look away: each look costs microseconds.
+        return _NOTHING if self.probe is None else torch._C.DisableTorchFunction()
 
     def count_moved(self, layer: Layer, nbytes: int) -> None:
         """Count bytes that crossed the link without a copy of a layer."""

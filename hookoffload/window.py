@@ -86,6 +86,10 @@ class Window:
         """Tell whether a layer could have a place here if nothing else had one."""
         return layer.stream_bytes <= self._home_of(layer).capacity
 
+    def has_room(self, layer: Layer) -> bool:
+        """Tell whether `take` would give a layer a place now."""
+        return self._home_of(layer).has_room(layer.stream_bytes)
+
     def take(self, layer: Layer) -> Tokens | None:
         """Give a layer its place; None if there is none now.
 

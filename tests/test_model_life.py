@@ -16,6 +16,7 @@ from torch import nn
 
 from hookoffload import (
     OffloadPolicy,
+    Placement,
     attach_offload_hooks,
     detach,
     load_model,
@@ -450,6 +451,27 @@ def test_edits_of_buffers_are_used_and_kept(pair: Pair) -> None:
 
     pair.both(edit)
     pair.assert_alike()
+
+
+def test_edit_through_data_between_a_load_and_the_next_forward_is_kept(
+    tmp_path: Path,
+) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    policy = OffloadPolicy(
+        disk_dir=tmp_path,
+        offload=Placement(device="disk"),
+        onload=Placement(device="cpu"),
+    )
+    attach_offload_hooks(model, policy)
+    run(model, x)
+    model.load_state_dict({"0.bias": torch.ones(4)}, strict=False)
+    offload(model)  # behind it, everything is at rest and may be written to
+    model[0].weight.data.copy_(torch.eye(4))
+    assert_same(run(model, x), x + 1)
+    offload(model)
+    assert_same(model[0].weight.detach(), torch.eye(4))
+    detach(model)
+    assert_same(run(model, x), x + 1)
 
 
 def test_initialisation_by_apply_is_used_by_the_next_forward(pair: Pair) -> None:

@@ -34,7 +34,7 @@ class _NotingEngine(StreamCopyEngine):
 
     def start(self, begun: Copy) -> None:
         super().start(begun)
-        assert begun.queued.wait(timeout=30)
+        assert begun.queued is not None and begun.queued.wait(timeout=30)
         stream: Any = self._stream
         ready: Any = begun.ready
         for _, destination in begun.pieces:
