@@ -62,6 +62,7 @@ class Copy:
     Args:
         name: full name of the layer.
         pieces: masters and the flat ``uint8`` tensors that take their bytes.
+        nbytes: of all pieces.
         after: tokens that must be waited for before the first byte is written.
 
     Attributes:
@@ -86,12 +87,13 @@ class Copy:
         self,
         name: str,
         pieces: Sequence[tuple[Master, torch.Tensor]],
+        nbytes: int,
         after: tuple[object, ...],
     ) -> None:
         self.name = name
         self.pieces = pieces
         self.after = after
-        self.nbytes = sum(destination.numel() for _, destination in pieces)
+        self.nbytes = nbytes
         self.ready: torch.Event | None = None
         self.queued: threading.Event | None = None
         self.error: BaseException | None = None

@@ -165,8 +165,10 @@ class Site(NotCopied):
             session.leave_call()
             return None
         try:
-            self.recover_if_left()
-            changed = session.calls.depth == 1 and session.part_changed()
+            if self.active:
+                self.recover_if_left()
+            outermost = session.calls.depth == 1
+            changed = outermost and session.part_changed()
         except BaseException:
             session.leave_call()
             raise
@@ -179,7 +181,7 @@ class Site(NotCopied):
         self.active += 1
         entered: list[Layer] = []
         try:
-            if session.calls.depth == 1:
+            if outermost:
                 session.begin_outermost_call()
             for layer in self.layers:
                 session.bind(layer)
@@ -192,9 +194,7 @@ class Site(NotCopied):
                 session.release(layer)
             session.leave_call()
             raise
-        if session.calls.depth == 1:
-            return session.to_compute_device((args, kwargs))
-        return None
+        return session.to_compute_device((args, kwargs)) if outermost else None
 
     def post(
         self,

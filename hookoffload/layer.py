@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from .copy_engine import Copy
 from .device_memory import Block, align
-from .master import Master, version_of
+from .master import Master, Member, version_of
 from .ring import Region, RegionRing, RegionStack
 
 
@@ -53,6 +53,30 @@ class Piece:
         self.resident_scratch_offset: int | None = None
 
 
+class RegionViews:
+    """A layer's bytes in one place of the window, as copies and as forwards see them.
+
+    Attributes:
+        targets: the masters that are streamed, and the bytes that each is copied to.
+        values: every member, its value there and the value's address; None if values
+            are cast into the scratch first.
+    """
+
+    __slots__ = ("targets", "values")
+
+    def __init__(
+        self,
+        targets: list[tuple[Master, torch.Tensor]],
+        values: list[tuple[Member, torch.Tensor, int]] | None,
+    ) -> None:
+        self.targets = targets
+        self.values = values
+
+
+# Steady passes find a layer in the same place each time; others in a few.
+_PLACES_KEPT = 4
+
+
 class Layer:
     """The unit that moves: a module's name and the masters that it brings along.
 
@@ -62,6 +86,9 @@ class Layer:
 
     __slots__ = (
         "_device",
+        "_members",
+        "_viewed",
+        "_views",
         "bound",
         "can_stay",
         "cast_bytes",
@@ -91,6 +118,9 @@ class Layer:
         self.name = name
         self.masters = list(masters)
         self.pieces: list[Piece] = []
+        self._members: list[Member] = []  # of the pieces
+        self._views: dict[int, RegionViews] = {}  # by the region's offset
+        self._viewed: Block | None = None  # what they are views of
         self._device = torch.device("cpu")
         self.stream_bytes = 0
         self.copy_bytes = 0
@@ -161,6 +191,7 @@ class Layer:
                 resident_scratch += align(master.count * codec.compute.itemsize)
             resident = resident_dtype(master)
             self.resident_bytes += align(master.count * resident.itemsize)
+        self._members = [m for piece in self.pieces for m in piece.master.members]
         self.stream_bytes = region
         self.cast_bytes = scratch
         self.resident_cast_bytes = resident_scratch
@@ -189,18 +220,55 @@ class Layer:
         Casts run on the stream that is current, from the region or the resident block
         into the scratch.
         """
-        for index, piece in enumerate(self.pieces):
-            base, start = self._value(index, piece, region_block)
-            for member in piece.master.members:
-                if piece.master.mixed:
-                    typed = base.view(torch.uint8).view(member.dtype)
-                    begin = start // member.dtype.itemsize
-                else:
-                    typed, begin = base, start
-                value = member.view(typed, begin)
-                member.tensor.data = value
-                member.bound_pointer = value.data_ptr()
-                member.version = version_of(member.tensor)
+        values = None
+        if self.resident is None and region_block is not None:
+            values = self.views_in(region_block).values
+        if values is None:
+            values = [
+                valued
+                for index, piece in enumerate(self.pieces)
+                for valued in _values(piece, *self._value(index, piece, region_block))
+            ]
+        for member, value, pointer in values:
+            tensor = member.tensor
+            tensor.data = value
+            member.bound_pointer = pointer
+            member.version = version_of(tensor)
+
+    def views_in(self, block: Block) -> RegionViews:
+        """Return views of the layer's region, made anew only where it was not before.
+
+        They keep the block's memory: `forget_views` before it is given back.
+        """
+        assert self.region is not None, "only a layer with a place has views there"
+        if self._viewed is not block:
+            self._views, self._viewed = {}, block
+        offset = self.region.offset
+        found = self._views.get(offset)
+        if found is None:
+            if len(self._views) >= _PLACES_KEPT:
+                self._views.clear()
+            with torch.inference_mode(False):  # they are kept beyond the user's context
+                found = self._views[offset] = self._make_views(block, offset)
+        return found
+
+    def _make_views(self, block: Block, offset: int) -> RegionViews:
+        targets: list[tuple[Master, torch.Tensor]] = []
+        values: list[tuple[Member, torch.Tensor, int]] | None = []
+        for piece in self.pieces:
+            if piece.region_offset is not None:
+                begin = offset + piece.region_offset
+                target = block.bytes[begin : begin + piece.master.nbytes]
+                targets.append((piece.master, target))
+            if piece.scratch_offset is not None or values is None:
+                values = None
+            else:
+                values += _values(piece, *self._rest_source(piece, block))
+        return RegionViews(targets, values)
+
+    def forget_views(self) -> None:
+        """Drop what keeps the memory of a block."""
+        self._views, self._viewed = {}, None
 
     def _value(
         self,
@@ -269,9 +337,15 @@ class Layer:
 
     def revision(self) -> int:
         """Look at the masters at rest and count their changes; see `reconcile`."""
+        for member in self._members:
+            tensor = member.tensor
+            moved = tensor.data_ptr() != member.rest_pointer
+            if moved or version_of(tensor) != member.version:
+                for piece in self.pieces:
+                    piece.master.reconcile()
+                break
         total = 0
         for piece in self.pieces:
-            piece.master.reconcile()
             total += piece.master.revision
         return total
 
@@ -286,6 +360,20 @@ class Layer:
             and piece.master.codec.resident == piece.master.codec.rest
             for piece in self.pieces
         )
+
+
+def _values(
+    piece: Piece, base: torch.Tensor, start: int
+) -> Iterator[tuple[Member, torch.Tensor, int]]:
+    """Yield a piece's members with their values over a flat tensor, and addresses."""
+    for member in piece.master.members:
+        if piece.master.mixed:
+            typed = base.view(torch.uint8).view(member.dtype)
+            begin = start // member.dtype.itemsize
+        else:
+            typed, begin = base, start
+        value = member.view(typed, begin)
+        yield member, value, value.data_ptr()
 
 
 def resident_dtype(master: Master) -> torch.dtype:

@@ -88,6 +88,7 @@ class LayerMover:
         self.cancel_prefetches()
         for layer in self.layers:
             layer.keep = layer.index in plan.resident
+            layer.forget_views()
             if not layer.keep and layer.resident is not None:
                 self.evict(layer)
         try:
@@ -211,7 +212,9 @@ class LayerMover:
             Whether it was begun; False only if there was no room.
         """
         streams = layer.resident is None or not layer.copies_into_residence
-        if not now and streams and not self.window.has_room(layer):
+        # The same places in each pass, so that nothing has to be made anew for them.
+        first = not now and layer.index == self.order.first
+        if not now and streams and not self.window.has_room(layer, first=first):
             return False  # as half of all attempts to go on with copying
         revision = layer.revision()
         tokens: tuple[object, ...] = ()
@@ -226,19 +229,14 @@ class LayerMover:
             layer.copied_revision = revision
             return True  # the compute device reads it where it rests, and casts
         else:
-            found = self._room(layer, now=now, aside=aside)
+            found = self._room(layer, now=now, aside=aside, first=first)
             if found is None:
                 return False
             tokens = found
             block = self.window.block_of(layer)
-            assert block is not None and layer.region is not None
-            pieces = []
-            for piece in layer.pieces:
-                if piece.region_offset is not None:
-                    begin = layer.region.offset + piece.region_offset
-                    target = block.bytes[begin : begin + piece.master.nbytes]
-                    pieces.append((piece.master, target))
-        copy = Copy(layer.name, pieces, tokens)
+            assert block is not None, "a layer with a place is in a block"
+            pieces = layer.views_in(block).targets
+        copy = Copy(layer.name, pieces, layer.copy_bytes, tokens)
         if self.recorder is not None:
             copy.entry = self.recorder.copy_queued(layer.name, copy.nbytes)
         # Started first: nothing waits for a copy that an interrupt kept from starting.
@@ -248,13 +246,13 @@ class LayerMover:
         return True
 
     def _room(
-        self, layer: Layer, *, now: bool, aside: bool
+        self, layer: Layer, *, now: bool, aside: bool, first: bool
     ) -> tuple[object, ...] | None:
         """Give the layer a place; None if there is none and it can wait."""
         window, size = self.window, layer.stream_bytes
         aside = aside and self.memory.budget.fits(align(size))
         fits = window.can_hold(layer) and not aside
-        tokens = window.take(layer) if fits else None
+        tokens = window.take(layer, first=first) if fits else None
         if tokens is None and not now:
             return None
         if tokens is None and fits and not self._has_spare(size):
@@ -409,6 +407,7 @@ class LayerMover:
             self.window.release(layer)
             if layer.resident is not None:
                 self.evict(layer)
+            layer.forget_views()
             layer.keep = False
         self.window.free()
         self._under_way = 0

@@ -66,6 +66,11 @@ class ExecutionOrder:
         return self._sequence
 
     @property
+    def first(self) -> int | None:
+        """The layer that the prediction begins with."""
+        return self._sequence[0] if self._sequence else None
+
+    @property
     def recorded(self) -> tuple[int, ...]:
         """The visits of the current pass, or of the last one when none is running."""
         return tuple(self._recorded)

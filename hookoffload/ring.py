@@ -54,12 +54,12 @@ class _Tokens:
         """Keeps a freed region's token for whoever takes its bytes next."""
         if region.token is not None and region.nbytes:
             span = (region.offset, region.end, region.token)
-            insort(self._spans, span, key=_span_start)
+            insort(self._spans, span)  # no two begin at the same byte
 
     def take(self, start: int, end: int) -> tuple[object, ...]:
         """Returns the tokens of a range, each once, and forgets them for that range."""
         spans = self._spans
-        first = last = bisect_left(spans, start, key=_span_start)
+        first = last = bisect_left(spans, (start,))
         tokens: list[object] = []
         kept: list[tuple[int, int, object]] = []
         while last < len(spans) and spans[last][0] < end:
@@ -75,10 +75,6 @@ class _Tokens:
 
     def clear(self) -> None:
         self._spans.clear()
-
-
-def _span_start(span: tuple[int, int, object]) -> int:
-    return span[0]
 
 
 class _Block:
@@ -184,15 +180,20 @@ class RegionRing(_Block):
         """Bytes that cannot be taken: live, or freed between two live regions."""
         return self._used
 
-    def has_room(self, nbytes: int) -> bool:
+    def has_room(self, nbytes: int, *, at_start: bool = False) -> bool:
         """Tells whether `allocate` would find a place now."""
-        return nbytes <= self._capacity and self._place(nbytes) is not None
+        if nbytes > self._capacity:
+            return False
+        return self._place(nbytes, at_start=at_start) is not None
 
-    def allocate(self, nbytes: int) -> tuple[Region, tuple[object, ...]] | None:
+    def allocate(
+        self, nbytes: int, *, at_start: bool = False
+    ) -> tuple[Region, tuple[object, ...]] | None:
         """Takes a region at the head, or at the start of the block behind its end.
 
         Args:
             nbytes: Bytes; 0 gives an empty region.
+            at_start: At the start of the block, however much is left behind the head.
 
         Returns:
             The region and the tokens to wait for before its bytes are written, or None
@@ -202,7 +203,7 @@ class RegionRing(_Block):
             ValueError: If it could never fit.
         """
         self._check_size(nbytes)
-        offset = self._place(nbytes)
+        offset = self._place(nbytes, at_start=at_start)
         if offset is None:
             return None
         admitted = self._admit(offset, nbytes)
@@ -237,7 +238,7 @@ class RegionRing(_Block):
         self._head = 0
         self._used = 0
 
-    def _place(self, nbytes: int) -> int | None:
+    def _place(self, nbytes: int, *, at_start: bool = False) -> int | None:
         head = self._head
         if nbytes == 0:
             return head
@@ -248,7 +249,11 @@ class RegionRing(_Block):
             # The head has wrapped: the free bytes are one stretch in front of the
             # oldest region (none at all when head and tail meet).
             if head <= tail:
+                if at_start and head:
+                    return None
                 return head if nbytes <= tail - head else None
+        if at_start:
+            return 0 if nbytes <= tail else None
         # Going on at the head before going back to the start: the bytes there were
         # freed longest ago, so the copy has nothing, or the least, to wait for.
         if nbytes <= self._capacity - head:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -44,7 +44,6 @@ from .store import Store
 
 logger = logging.getLogger(__name__)
 
-_NOTHING = nullcontext()
 
 # Looking rows up in the master pays when the table is larger than a few copies.
 _GATHER_BYTES = 2**20
@@ -512,21 +511,28 @@ class Session(NotCopied):
 
     def bind(self, layer: Layer, *, aside: bool = False) -> None:
         """Bind a layer for a forward that begins; ``aside``: see `LayerMover.bind`."""
-        with self._unwatched():
+        if self.probe is None:
+            self._bind(layer, aside=aside)
+            return
+        # The probe must not take the library's own reads for the model's. It is
+        # switched off instead of being told: each look costs microseconds.
+        with torch._C.DisableTorchFunction():
+            self._bind(layer, aside=aside)
+
+    def _bind(self, layer: Layer, *, aside: bool) -> None:
+        if not self._call_begun:
             self.begin_outermost_call()  # a part is called without the root
-            if self.mover.plan is None:
-                self.passes.apply(self.plan)
-            self.mover.bind(layer, aside=aside)
+        if self.mover.plan is None:
+            self.passes.apply(self.plan)
+        self.mover.bind(layer, aside=aside)
 
     def release(self, layer: Layer) -> None:
         """Release a layer behind a forward that has ended."""
-        with self._unwatched():
+        if self.probe is None:
             self.mover.release(layer)
-
-    def _unwatched(self) -> AbstractContextManager[object]:
-        """Keep the probe from taking the library's own reads for the model's."""
-        # Switched off, not only told to look away: each look costs microseconds.
-        return _NOTHING if self.probe is None else torch._C.DisableTorchFunction()
+            return
+        with torch._C.DisableTorchFunction():
+            self.mover.release(layer)
 
     def count_moved(self, layer: Layer, nbytes: int) -> None:
         """Count bytes that crossed the link without a copy of a layer."""

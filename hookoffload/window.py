@@ -86,18 +86,28 @@ class Window:
         """Tell whether a layer could have a place here if nothing else had one."""
         return layer.stream_bytes <= self._home_of(layer).capacity
 
-    def has_room(self, layer: Layer) -> bool:
+    def has_room(self, layer: Layer, *, first: bool = False) -> bool:
         """Tell whether `take` would give a layer a place now."""
-        return self._home_of(layer).has_room(layer.stream_bytes)
+        home, size = self._home_of(layer), layer.stream_bytes
+        if isinstance(home, RegionRing):
+            return home.has_room(size, at_start=first)
+        return home.has_room(size)
 
-    def take(self, layer: Layer) -> Tokens | None:
+    def take(self, layer: Layer, *, first: bool = False) -> Tokens | None:
         """Give a layer its place; None if there is none now.
+
+        Args:
+            layer: the layer.
+            first: a pass begins with it: the ring begins anew.
 
         Returns:
             What its copy has to wait for.
         """
         home, size = self._home_of(layer), layer.stream_bytes
-        found = home.allocate(size) if isinstance(home, RegionRing) else home.push(size)
+        if isinstance(home, RegionRing):
+            found = home.allocate(size, at_start=first)
+        else:
+            found = home.push(size)
         if found is None:
             return None
         layer.home = home
@@ -134,6 +144,7 @@ class Window:
             used = block.bytes[region.offset : region.offset + region.nbytes]
             self._engine.poison(used, token)
         if isinstance(home, Block):
+            layer.forget_views()
             self._memory.free(home)
         else:
             _give_back(home, region, token)
@@ -145,6 +156,7 @@ class Window:
         layer.region = layer.home = None
         if isinstance(home, Block):
             self._engine.drain()
+            layer.forget_views()
             self._memory.free(home)
         else:
             # The next owner's copy is behind this one on the copy stream.

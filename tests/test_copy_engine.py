@@ -74,7 +74,7 @@ def _copy(
         (_Source(device.log, size, pinned=pinned), _Target(device.log, device, size))
         for size in sizes
     ]
-    return Copy("layer", pieces, tuple(after))
+    return Copy("layer", pieces, sum(sizes), tuple(after))
 
 
 def _token(device: Simulation, stream: Stream | None = None) -> Any:

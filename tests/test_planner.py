@@ -335,8 +335,8 @@ def test_residents_are_spread_over_the_order_and_not_over_the_numbers() -> None:
 
 
 def test_residents_are_spread_by_bytes() -> None:
-    layers = [*blocks(32, 2 * MIB), *blocks(32, 6 * MIB)]
-    plan = plan_of(layers, 90 * MIB)
+    layers = [*blocks(32, 5 * MIB), *blocks(32, 15 * MIB)]
+    plan = plan_of(layers, 225 * MIB)
     first = [i for i in plan.resident if i < 32]
     second = [i for i in plan.resident if i >= 32]
     assert len(second) >= 2 * len(first) > 0
