@@ -12,9 +12,8 @@ from .plan import LayerSpec, Plan
 
 __all__ = ["LayerSpec", "Plan", "make_plan"]
 
-# Too small for a copy of their own to be worth it: the hooks take about 100 us of the
-# host for a streamed layer, in which 4 MiB cross a link of 50 GB/s.
-SMALL_LAYER_BYTES = 4 * 2**20
+# Norms, biases and tables: too small for a copy of their own to be worth its launch.
+SMALL_LAYER_BYTES = 2**20
 
 # Small layers stay even where the window has to shrink for them, as long as they take
 # at most this part of what the limit leaves for residents and window.
@@ -340,19 +339,28 @@ def _spread(
     """Lists a group so that every beginning of the list is spread over the order.
 
     The points of the van der Corput sequence (0, 1/2, 1/4, 3/4, 1/8, ...) fill the
-    order, measured in bytes, evenly at any count; each takes the nearest layer left.
+    order, measured in bytes, evenly at any count; each takes the nearest layer left, or
+    a smaller one of the same block: what streams then are few large layers, for which
+    the host has less to do.
     """
     members = set(group)
     middles: list[float] = []
     owners: list[int] = []
     slots: dict[int, list[int]] = {index: [] for index in group}
+    blocks: dict[object, list[int]] = {}
     end = 0
     for index in order:
         start, end = end, end + layers[index].stream_bytes
         if index in members:
+            if not slots[index]:
+                blocks.setdefault(block_of(layers[index].name) or index, []).append(
+                    index
+                )
             slots[index].append(len(owners))
             middles.append((start + end) / 2)
             owners.append(index)
+    for block in blocks.values():
+        block.sort(key=lambda index: -layers[index].stream_bytes)
     # Slot i is at i + 1 in both, with a guard before the first and behind the last.
     left = list(range(len(owners) + 2))
     right = list(range(len(owners) + 2))
@@ -366,8 +374,13 @@ def _spread(
             before >= 0 and point - middles[before] < middles[behind] - point
         ):
             nearer = before
-        spread.append(owners[nearer])
-        for slot in slots[owners[nearer]]:
+        taken = owners[nearer]
+        rest = blocks[block_of(layers[taken].name) or taken]
+        if layers[rest[-1]].stream_bytes < layers[taken].stream_bytes:
+            taken = rest[-1]
+        rest.remove(taken)
+        spread.append(taken)
+        for slot in slots[taken]:
             left[slot + 1] = slot
             right[slot + 1] = slot + 2
     return spread

@@ -335,11 +335,24 @@ def test_residents_are_spread_over_the_order_and_not_over_the_numbers() -> None:
 
 
 def test_residents_are_spread_by_bytes() -> None:
-    layers = [*blocks(32, 5 * MIB), *blocks(32, 15 * MIB)]
-    plan = plan_of(layers, 225 * MIB)
+    large = [layer(f"large.{i}", 6 * MIB) for i in range(32)]
+    plan = plan_of([*blocks(32, 2 * MIB), *large], 90 * MIB)
     first = [i for i in plan.resident if i < 32]
     second = [i for i in plan.resident if i >= 32]
     assert len(second) >= 2 * len(first) > 0
+
+
+def test_small_layers_of_a_block_stay_before_its_large_ones() -> None:
+    layers = [
+        layer(f"blocks.{i}.{name}", nbytes)
+        for i in range(8)
+        for name, nbytes in (("up", 32 * MIB), ("q", 8 * MIB), ("down", 32 * MIB))
+    ]
+    resident = plan_of(layers, 3 * 32 * MIB + 8 * 8 * MIB).resident
+    assert {layers[i].name for i in resident} == {f"blocks.{i}.q" for i in range(8)}
+    more = plan_of(layers, 3 * 32 * MIB + 8 * 8 * MIB + 4 * 32 * MIB).resident
+    blocks_of_more = {layers[i].name.split(".")[1] for i in more - resident}
+    assert resident < more and len(blocks_of_more) == 4  # evenly, in four blocks
 
 
 def largest_gap(places: list[int], count: int) -> int:
