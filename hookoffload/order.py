@@ -132,9 +132,22 @@ class ExecutionOrder:
         return hit
 
     def unsettled(self) -> Iterator[int]:
-        """Yields what `upcoming` does, without the first ones that were settled."""
+        """Yields what `upcoming` does, without the first ones that were settled.
+
+        As long as the order is a guess, those that ran are not expected again in the
+        same pass: the cursor jumps back and forth over them, and what is copied again
+        too early is in the way of everything behind it.
+        """
         count = len(self._sequence) - self._settled
-        return _lap(self._sequence, self._cursor + self._settled, count)
+        lap = _lap(self._sequence, self._cursor + self._settled, count)
+        if self._guesses:
+            ran = set(self._recorded)
+            return (layer for layer in lap if layer not in ran)
+        return lap
+
+    @property
+    def _guesses(self) -> bool:
+        return self._blocks is not None and self._in_pass
 
     def settle(self, layer: int) -> bool:
         """Notes that the next unsettled layer needs nothing before its visit.
@@ -146,9 +159,9 @@ class ExecutionOrder:
 
         Returns:
             False if that cannot be noted: one that runs several times in a pass is
-            used up by each visit.
+            used up by each visit, and a guess may be wrong.
         """
-        if len(self._positions[layer]) > 1:
+        if self._guesses or len(self._positions[layer]) > 1:
             return False
         self._settled += 1
         return True

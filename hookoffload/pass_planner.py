@@ -95,12 +95,16 @@ class PassPlanner:
             self._size = max(input_elements, self._size)
             # Unknown activations get three quarters of what is not needed at least.
             spare = max(limit - self.plan.least_bytes, 0) * 3 // 4
-            self._memory.reset_peak()
             return self.make(spare, keep_residents=False)
         growth = max(self._held_by_others() - self._held, 0)
         if self._activations + growth > self.plan.activation_bytes:
             self.plan = self.make(self._activations + growth + growth // 4)
         return self.plan
+
+    def applied(self) -> None:
+        """Begin to measure, now that memory is what `for_pass` wanted it to be."""
+        if self._measuring:
+            self._memory.reset_peak()
 
     def after_pass(self, *, complete: bool) -> None:
         """Look at what the pass that has ended took."""

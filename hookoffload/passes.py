@@ -67,6 +67,7 @@ class Passes:
         probing = self._probe_next and bool(session.sites)
         first = probing and not session.mover.counters.forwards
         self.apply(session.planner.for_pass(size, probing=first))
+        session.planner.applied()
         all_stay = session.all_stay
         if probing:
             session.hooks.hang_all()

@@ -296,3 +296,15 @@ def test_every_layer_of_a_prediction_is_still_there_when_all_are_heard_again(
         run_pass(order, [layer for layer in layers if layer in heard])
         order.hear_all()
         assert unheard <= set(order.sequence)
+
+
+def test_layers_that_ran_are_not_expected_again_while_the_order_is_a_guess() -> None:
+    order = ExecutionOrder([0, 1, 2, 3], names=["a", "b", "c", "d"])
+    order.begin_pass()
+    order.visit(0)
+    order.visit(3)
+    order.visit(1)
+    assert list(order.unsettled()) == [2]
+    order.visit(2)
+    order.end_pass(complete=True)
+    assert list(order.unsettled()) == [0, 3, 1, 2]
