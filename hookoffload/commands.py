@@ -1,4 +1,4 @@
-"""The commands for machines and checkpoints: plan, doctor, bench, convert."""
+"""The commands: demo, plan, doctor, bench, convert."""
 
 from __future__ import annotations
 
@@ -7,27 +7,80 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from .bench import bench_record, describe_bench, format_bench, run_bench
-from .bench_plot import plot_bench, require_matplotlib
 from .budget import format_gib
 from .command_options import (
+    DIFFERENT,
     Commands,
     add_json,
     add_store,
     count,
+    emit,
     say,
     terminal_width,
 )
-from .converting import Converter
-from .demo import emit
-from .demo_trial import EXPECTED_ERRORS
-from .doctor import examine, findings_record, format_findings
-from .importing import explained, imported
 from .plan_command import add_plan
-from .rewriting import rewrite_checkpoint
+from .user_errors import EXPECTED_ERRORS
+
+if TYPE_CHECKING:
+    import torch
+
+    from .converting import Converter
+
+# What runs is imported when it does: most of it needs torch, which takes a second.
+
+
+def _add_demo(commands: Commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="run a transformer plain and under a limit, and compare",
+        description=(
+            "Makes a transformer with random weights, runs it plain and under a memory "
+            "limit, each in a fresh process, and compares memory, time and output. "
+            "Sizes are in GiB (2**30 bytes)."
+        ),
+    )
+    demo.add_argument(
+        "--size-gb",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="size of the model in GiB (default: 1)",
+    )
+    demo.add_argument(
+        "--limit-gb",
+        type=float,
+        metavar="N",
+        help="limit in GiB (default: an eighth of the model)",
+    )
+    demo.add_argument(
+        "--device",
+        metavar="NAME",
+        help="where to compute: cpu, cuda or xpu (default: a GPU if there is one)",
+    )
+    demo.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help=(
+            "where the checkpoint is kept (default: $XDG_CACHE_HOME/hookoffload, or "
+            "~/.cache/hookoffload)"
+        ),
+    )
+    demo.set_defaults(run=_run_demo)
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    same = run_demo(
+        size_gb=options.size_gb,
+        limit_gb=options.limit_gb,
+        cache_dir=options.cache_dir,
+        device=options.device,
+    )
+    return 0 if same else DIFFERENT
 
 
 def _add_doctor(commands: Commands) -> None:
@@ -53,6 +106,8 @@ def _add_doctor(commands: Commands) -> None:
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
+    from .doctor import examine, findings_record, format_findings
+
     findings = examine(options.disk_dir)
     if options.json:
         emit(json.dumps(findings_record(findings)))
@@ -117,6 +172,9 @@ def _add_bench(commands: Commands) -> None:
 
 
 def _run_bench(options: argparse.Namespace) -> int:
+    from .bench import bench_record, describe_bench, format_bench, run_bench
+    from .bench_plot import plot_bench, require_matplotlib
+
     if options.plot is not None:
         require_matplotlib()
     bench = run_bench(
@@ -176,6 +234,8 @@ def _add_convert(commands: Commands) -> None:
 
 
 def _run_convert(options: argparse.Namespace) -> int:
+    from .rewriting import rewrite_checkpoint
+
     name = options.converter
     done = rewrite_checkpoint(
         options.source,
@@ -196,6 +256,8 @@ def _run_convert(options: argparse.Namespace) -> int:
 
 
 def _converter(name: str) -> Converter:
+    from .importing import explained, imported
+
     function = imported(name)
 
     def converter(tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -212,4 +274,4 @@ def _converter(name: str) -> Converter:
     return converter
 
 
-COMMANDS = (add_plan, _add_doctor, _add_bench, _add_convert)
+COMMANDS = (_add_demo, add_plan, _add_doctor, _add_bench, _add_convert)

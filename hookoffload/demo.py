@@ -7,12 +7,12 @@ process of its own, and compares memory, time and output.
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import torch
 
 from .budget import GIB
+from .command_options import emit
 from .demo_model import Checkpoint, Shape, default_cache_dir
 from .demo_trial import (
     SAMPLE_SECONDS,
@@ -27,12 +27,6 @@ SMALLEST_GB = 0.01
 
 # GPUs whose allocator keeps a peak.
 _GPUS = ("cuda", "xpu")
-
-
-def emit(text: str = "") -> None:
-    """Writes one line to the standard output at once, also into a pipe."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def best_device() -> torch.device:

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 from .budget import GIB, format_gib
+from .checkpoint_plan import Tiers, plan_of_headers
 from .command_options import (
     Commands,
     add_json,
     add_store,
+    emit,
     not_negative,
     positive,
     say,
@@ -18,12 +20,10 @@ from .command_options import (
     usual_store,
 )
 from .cost import Rates
-from .demo import emit
-from .placement import CPU, default_device
+from .device_kinds import DEVICE_KINDS, LISTED
+from .limits import checked_limit, to_bytes
 from .plan import Plan
 from .plan_table import format_curve, format_plan, plan_record
-from .policy import OffloadPolicy
-from .preview import plan_of_checkpoint
 
 
 def add_plan(commands: Commands) -> None:
@@ -47,11 +47,10 @@ def add_plan(commands: Commands) -> None:
     )
     plan.add_argument(
         "--device",
+        type=_device,
+        default="cuda",
         metavar="NAME",
-        help=(
-            "where it would compute; it need not be there (default: this machine's "
-            "accelerator, else cuda)"
-        ),
+        help="where it would compute; it need not be there (default: cuda)",
     )
     add_store(plan)
     plan.add_argument(
@@ -75,18 +74,14 @@ def add_plan(commands: Commands) -> None:
 
 
 def _run_plan(options: argparse.Namespace) -> int:
-    here = default_device()
-    device = options.device or ("cuda" if here == CPU else str(here))
-    policy = OffloadPolicy(
-        limit_gb=options.limit_gb,
-        compute_device=device,
-        store=options.store or usual_store(device),
-    )
-    plan = plan_of_checkpoint(
+    store = options.store or usual_store(options.device)
+    limit = checked_limit("limit_gb", options.limit_gb)
+    plan = plan_of_headers(
         options.path[0] if len(options.path) == 1 else options.path,
-        policy,
-        _rates_of(options),
+        Tiers(device=options.device, on_disk=store == "disk"),
+        limit_bytes=None if limit is None else to_bytes(limit),
         activation_bytes=int(options.activations_gb * GIB),
+        rates=_rates_of(options),
     )
     curve = plan.curve() if options.curve else None
     if options.json:
@@ -97,11 +92,10 @@ def _run_plan(options: argparse.Namespace) -> int:
         return 0
     width = terminal_width()
     whole = sum(layer.resident_bytes for layer in plan.layers)
-    absent = "" if options.device or here != CPU else " (there is none here)"
-    place = "on disk" if policy.store == "disk" else "in RAM"
+    place = "on disk" if store == "disk" else "in RAM"
     say(
         f"{' '.join(map(str, options.path))}: {format_gib(whole)} {place}, to compute "
-        f"on {plan.device}{absent}",
+        f"on {plan.device}",
         width,
     )
     emit(format_plan(plan, width))
@@ -111,6 +105,14 @@ def _run_plan(options: argparse.Namespace) -> int:
         emit(format_curve(curve, width, at_least=not known))
     say(_hint(plan), width)
     return 0
+
+
+def _device(text: str) -> str:
+    """Reads a device's name, as argparse wants it done; without torch to ask."""
+    kind, colon, index = text.partition(":")
+    if kind not in DEVICE_KINDS or (colon and not index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device (known: {LISTED})")
+    return text
 
 
 def _rates_of(options: argparse.Namespace) -> Rates | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hookoffload import OffloadPolicy, offload_plan
 from hookoffload.cli import main
@@ -18,9 +17,6 @@ from tests.sparse_checkpoints import write_sparse, write_sparse_shards
 from tests.test_cli import error_of
 
 GIB = 2**30
-NO_GPU = pytest.mark.skipif(
-    torch.accelerator.is_available(), reason="there is an accelerator"
-)
 
 
 @pytest.fixture
@@ -113,12 +109,12 @@ def test_room_for_activations_is_taken_from_the_residents(
     assert 2.5 * GIB < less < 3.5 * GIB
 
 
-@NO_GPU
-def test_machine_without_a_gpu_plans_for_cuda_and_says_so(
+def test_plan_is_for_cuda_unless_told_otherwise(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = output_of(capsys, folder, "--limit-gb=8")
-    assert "to compute on cuda (there is none here)" in " ".join(out.split())
+    assert record_of(capsys, folder)["device"] == "cuda"
+    out = output_of(capsys, folder, "--device=xpu:3")
+    assert "to compute on xpu:3" in " ".join(out.split())
 
 
 def test_weights_rest_on_disk_where_the_cpu_computes(
@@ -207,6 +203,8 @@ def test_limit_that_cannot_work_is_told_with_the_smallest_that_does(
         ("--limit-gb=much", "--limit-gb"),
         ("--device=toaster", "toaster"),
         ("--device=meta", "meta"),
+        ("--device=cuda:", "cuda:"),
+        ("--device=cuda:one", "cuda:one"),
         ("--link-gb-s=0", "--link-gb-s"),
         ("--disk-gb-s=inf", "--disk-gb-s"),
         ("--compute-s=nan", "--compute-s"),
