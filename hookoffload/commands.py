@@ -68,19 +68,26 @@ def _add_demo(commands: Commands) -> None:
             "~/.cache/hookoffload)"
         ),
     )
+    add_json(demo)
     demo.set_defaults(run=_run_demo)
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    from .demo import run_demo
+    from .demo import format_demo, run_demo
 
-    same = run_demo(
+    run = run_demo(
         size_gb=options.size_gb,
         limit_gb=options.limit_gb,
         cache_dir=options.cache_dir,
         device=options.device,
+        say=(lambda line: None) if options.json else emit,
     )
-    return 0 if same else DIFFERENT
+    if options.json:
+        emit(json.dumps(asdict(run)))
+    else:
+        emit()
+        emit(format_demo(run))
+    return 0 if run.identical else DIFFERENT
 
 
 def _add_doctor(commands: Commands) -> None:

@@ -7,12 +7,13 @@ process of its own, and compares memory, time and output.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .budget import GIB
-from .command_options import emit
 from .demo_model import Checkpoint, Shape, default_cache_dir
 from .demo_trial import (
     SAMPLE_SECONDS,
@@ -37,23 +38,47 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoRun:
+    """What the demo measured.
+
+    Attributes:
+        device: Where it computed.
+        dtype: The dtype of the weights, by torch's name.
+        model_bytes: Size of the model.
+        limit_bytes: The limit of the limited run.
+        plain: The run without a limit.
+        limited: The run with one.
+        identical: Whether both gave the same bits.
+        checkpoint: The file, which is kept for the next time.
+    """
+
+    device: str
+    dtype: str
+    model_bytes: int
+    limit_bytes: int
+    plain: Measurement
+    limited: Measurement
+    identical: bool
+    checkpoint: str
+
+
 def run_demo(
     *,
     size_gb: float,
     limit_gb: float | None,
     cache_dir: Path | None,
     device: str | None,
-) -> bool:
-    """Runs the demo and prints what it shows.
+    say: Callable[[str], object],
+) -> DemoRun:
+    """Runs the demo.
 
     Args:
         size_gb: About how large the model is, in GiB.
         limit_gb: The limit of the limited run, in GiB; None is an eighth of the model.
         cache_dir: Where the checkpoint is kept; None is the user's cache folder.
         device: Where to compute; None is the best device there.
-
-    Returns:
-        Whether both runs gave the same bits.
+        say: Told what is done at the moment, a line at a time.
 
     Raises:
         ValueError: The size or the limit makes no sense.
@@ -70,15 +95,16 @@ def run_demo(
     checkpoint = Checkpoint(cache_dir or default_cache_dir(), shape, dtype)
     limit = checkpoint.tensor_bytes / 8 / GIB if limit_gb is None else limit_gb
     # A device or a limit that cannot be is refused before anything is written.
-    policy_of(where, limit).resolve()
+    limit_bytes = policy_of(where, limit).resolve().limit_bytes
+    assert limit_bytes is not None, "the limited run has a limit"
 
     kind = str(dtype).removeprefix("torch.")
-    emit(
+    say(
         f"hookoffload demo: a transformer of {checkpoint.tensor_bytes / GIB:.3g} GiB "
         f"({kind}) on {where}"
     )
     if not checkpoint.exists():
-        emit("Writing its checkpoint, this once ...")
+        say("Writing its checkpoint, this once ...")
         checkpoint.write()
 
     # The limited run is first: what it cannot do shows at once, and should the file not
@@ -95,21 +121,34 @@ def run_demo(
             device=str(where),
             limit_gb=trial_limit,
         )
-        emit(f"Running it {how} ...")
+        say(f"Running it {how} ...")
         measured[trial.name] = measure_in_fresh_process(trial)
 
     plain, limited = measured["plain"], measured["limited"]
-    identical = plain.digest == limited.digest
-    emit()
-    for line in _table(limit, plain, limited):
-        emit(line)
-    emit(f"outputs identical: {identical}")
-    emit()
-    for line in _memory_note(where, plain):
-        emit(line)
-    emit("The checkpoint is kept for the next time:")
-    emit(f"  {checkpoint.path}")
-    return identical
+    return DemoRun(
+        device=str(where),
+        dtype=kind,
+        model_bytes=checkpoint.tensor_bytes,
+        limit_bytes=limit_bytes,
+        plain=plain,
+        limited=limited,
+        identical=plain.digest == limited.digest,
+        checkpoint=str(checkpoint.path),
+    )
+
+
+def format_demo(run: DemoRun) -> str:
+    """Writes what the demo measured, for a reader."""
+    return "\n".join(
+        [
+            *_table(run.limit_bytes / GIB, run.plain, run.limited),
+            f"outputs identical: {run.identical}",
+            "",
+            *_memory_note(torch.device(run.device), run.plain),
+            "The checkpoint is kept for the next time:",
+            f"  {run.checkpoint}",
+        ]
+    )
 
 
 def _table(limit_gb: float, plain: Measurement, limited: Measurement) -> list[str]:

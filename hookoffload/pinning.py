@@ -29,6 +29,7 @@ import torch
 from .budget import format_gib
 from .host_memory import default_cap
 from .master import Master
+from .progress import progress_bar
 
 logger = logging.getLogger(__name__)
 _SLAB_ALIGNMENT = 64  # what PyTorch's own CPU allocator gives
@@ -76,16 +77,19 @@ class PageLock:
             _move_into_slab(guests)
             self._moved += guests
         refused = 0
-        for start, end, members in _page_ranges(chosen):
-            if not _register(start, end - start, self._device):
-                refused += sum(m.nbytes for m in members)
-                continue
-            self._ranges.append(start)
-            self.locked_bytes += end - start
-            for master in members:
-                self._held.append(master.flat)
-                master.pinned = True
         chosen_bytes = sum(master.nbytes for master in chosen)
+        with progress_bar("page-locking weights", chosen_bytes) as bar:
+            for start, end, members in _page_ranges(chosen):
+                nbytes = sum(m.nbytes for m in members)
+                bar.update(nbytes)
+                if not _register(start, end - start, self._device):
+                    refused += nbytes
+                    continue
+                self._ranges.append(start)
+                self.locked_bytes += end - start
+                for master in members:
+                    self._held.append(master.flat)
+                    master.pinned = True
         left = total - chosen_bytes + refused
         if left:
             logger.warning(

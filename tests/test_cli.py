@@ -369,3 +369,15 @@ def test_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_dir() == Path("/caches/hookoffload")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir() == Path.home() / ".cache" / "hookoffload"
+
+
+def test_demo_tells_a_program_in_one_json_object(
+    tmp_path: Path, faked: list[Trial], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--device=cpu", "--size-gb=0.01", f"--cache-dir={tmp_path}")
+    assert main(["demo", "--json", *options]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["identical"] is True
+    assert record["limit_bytes"] == int(record["model_bytes"] / 8)
+    assert record["limited"] == vars(MEASURED)
+    assert Path(record["checkpoint"]).parent == tmp_path
