@@ -75,18 +75,19 @@ def _add_demo(commands: Commands) -> None:
 def _run_demo(options: argparse.Namespace) -> int:
     from .demo import format_demo, run_demo
 
+    width = terminal_width()
     run = run_demo(
         size_gb=options.size_gb,
         limit_gb=options.limit_gb,
         cache_dir=options.cache_dir,
         device=options.device,
-        say=(lambda line: None) if options.json else emit,
+        say=(lambda line: None) if options.json else (lambda line: say(line, width)),
     )
     if options.json:
         emit(json.dumps(asdict(run)))
     else:
         emit()
-        emit(format_demo(run))
+        emit(format_demo(run, width))
     return 0 if run.identical else DIFFERENT
 
 
@@ -180,10 +181,11 @@ def _add_bench(commands: Commands) -> None:
 
 def _run_bench(options: argparse.Namespace) -> int:
     from .bench import bench_record, describe_bench, format_bench, run_bench
-    from .bench_plot import plot_bench, require_matplotlib
+    from .bench_plot import check_picture, plot_bench
 
     if options.plot is not None:
-        require_matplotlib()
+        check_picture(options.plot)
+    width = terminal_width()
     bench = run_bench(
         options.folder,
         options.limit_gb,
@@ -192,12 +194,11 @@ def _run_bench(options: argparse.Namespace) -> int:
         device=options.device,
         store=options.store,
         passes=options.passes,
-        say=(lambda line: None) if options.json else emit,
+        say=(lambda line: None) if options.json else (lambda line: say(line, width)),
     )
     if options.json:
         emit(json.dumps(bench_record(bench)))
     else:
-        width = terminal_width()
         emit()
         emit(format_bench(bench, width))
         say(describe_bench(bench), width)

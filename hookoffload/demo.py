@@ -7,6 +7,7 @@ process of its own, and compares memory, time and output.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from .demo_trial import (
 
 # Below this the activations outweigh the model, and a limit shows nothing.
 SMALLEST_GB = 0.01
+
+_LABEL = 22
 
 # GPUs whose allocator keeps a peak.
 _GPUS = ("cuda", "xpu")
@@ -137,27 +140,32 @@ def run_demo(
     )
 
 
-def format_demo(run: DemoRun) -> str:
-    """Writes what the demo measured, for a reader."""
+def format_demo(run: DemoRun, width: int = 80) -> str:
+    """Writes what the demo measured, for a reader; the path may be wider."""
+    note = _memory_note(torch.device(run.device), run.plain)
     return "\n".join(
         [
-            *_table(run.limit_bytes / GIB, run.plain, run.limited),
+            *_table(run.limit_bytes / GIB, run.plain, run.limited, width),
             f"outputs identical: {run.identical}",
             "",
-            *_memory_note(torch.device(run.device), run.plain),
-            "The checkpoint is kept for the next time:",
+            *textwrap.wrap(note, width),
+            *textwrap.wrap("The checkpoint is kept for the next time:", width),
             f"  {run.checkpoint}",
         ]
     )
 
 
-def _table(limit_gb: float, plain: Measurement, limited: Measurement) -> list[str]:
+def _table(
+    limit_gb: float, plain: Measurement, limited: Measurement, width: int
+) -> list[str]:
+    cell_width = min(12, max((width - _LABEL) // 2, 8))
+
     def row(name: str, *cells: float | str | None) -> str:
         texts = (
             cell if isinstance(cell, str) else "?" if cell is None else f"{cell:.3f}"
             for cell in cells
         )
-        return f"{name:<22}" + "".join(f"{text:>12}" for text in texts)
+        return f"{name:<{_LABEL}}" + "".join(f"{text:>{cell_width}}" for text in texts)
 
     def gib(count: int | None) -> float | None:
         return None if count is None else count / GIB
@@ -172,14 +180,14 @@ def _table(limit_gb: float, plain: Measurement, limited: Measurement) -> list[st
     ]
 
 
-def _memory_note(device: torch.device, plain: Measurement) -> list[str]:
+def _memory_note(device: torch.device, plain: Measurement) -> str:
     if device.type != "cpu":
-        return ["Peak memory is what PyTorch allocated on the device."]
+        return "Peak memory is what PyTorch allocated on the device."
     if plain.peak_bytes is None:
-        return ["This system does not tell the peak memory of a process."]
-    return [
+        return "This system does not tell the peak memory of a process."
+    return (
         "Peak memory is the process's own (RssAnon, sampled every "
-        f"{SAMPLE_SECONDS * 1000:.0f} ms), above",
-        "what it had before loading; the page cache is not counted. On a CPU the limit",
-        "bounds what hookoffload holds: the activations come on top.",
-    ]
+        f"{SAMPLE_SECONDS * 1000:.0f} ms), above what it had before loading; the page "
+        "cache is not counted. On a CPU the limit bounds what hookoffload holds: the "
+        "activations come on top."
+    )

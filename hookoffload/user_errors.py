@@ -8,4 +8,6 @@ EXPECTED_ERRORS = (MemoryError, OSError, RuntimeError, ValueError)
 
 def one_line(error: BaseException) -> str:
     """Returns what the error says, without line breaks."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return " ".join(f"{error.filename}: {error.strerror}".split())
     return " ".join(str(error).split()) or type(error).__name__
