@@ -51,6 +51,7 @@ class PageLock:
         "_moved",
         "_ranges",
         "_release",
+        "_warned",
         "locked_bytes",
     )
 
@@ -60,6 +61,7 @@ class PageLock:
         self._held: list[torch.Tensor] = []
         self._ranges: list[int] = []
         self._moved: list[Master] = []  # into slabs
+        self._warned = False
         self.locked_bytes = 0
         # Also when a model is dropped without detach.
         self._release = weakref.finalize(self, _unlock, self._ranges, self._held)
@@ -91,7 +93,8 @@ class PageLock:
                     self._held.append(master.flat)
                     master.pinned = True
         left = total - chosen_bytes + refused
-        if left:
+        if left and not self._warned:  # weights may come from disk many times
+            self._warned = True
             logger.warning(
                 "%s of %s of weights in host RAM are not page-locked (%s) and are "
                 "copied more slowly. pin_limit_gb= sets how much may be locked",
