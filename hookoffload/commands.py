@@ -97,7 +97,8 @@ def _add_doctor(commands: Commands) -> None:
         help="say what this machine can do",
         description=(
             "Measures the link to the GPU and the disk, in a few seconds, and says how "
-            "much memory can be page-locked. Rates are in GiB (2**30 bytes) per second."
+            "much memory can be page-locked. Rates are in GiB (2**30 bytes) a second; "
+            "they are kept in the user's cache folder for hookoffload plan."
         ),
     )
     doctor.add_argument(
@@ -114,13 +115,17 @@ def _add_doctor(commands: Commands) -> None:
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
-    from .doctor import examine, findings_record, format_findings
+    from .doctor import examine, findings_record, format_findings, keep_findings
 
     findings = examine(options.disk_dir)
+    kept = keep_findings(findings)
     if options.json:
         emit(json.dumps(findings_record(findings)))
     else:
-        emit(format_findings(findings, terminal_width()))
+        width = terminal_width()
+        emit(format_findings(findings, width))
+        if kept:
+            say("hookoffload plan predicts seconds from these rates now.", width)
     return 0
 
 

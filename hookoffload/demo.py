@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .budget import GIB
-from .demo_model import Checkpoint, Shape, default_cache_dir
+from .demo_model import Checkpoint, Shape
 from .demo_trial import (
     SAMPLE_SECONDS,
     Measurement,
@@ -23,6 +23,7 @@ from .demo_trial import (
     measure_in_fresh_process,
     policy_of,
 )
+from .measured_rates import default_cache_dir
 
 # Below this the activations outweigh the model, and a limit shows nothing.
 SMALLEST_GB = 0.01

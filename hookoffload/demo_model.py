@@ -95,12 +95,6 @@ class DemoTransformer(nn.Module):
         return logits
 
 
-def default_cache_dir() -> Path:
-    """Returns this library's folder in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hookoffload"
-
-
 class Checkpoint:
     """A safetensors file with the random weights of one shape.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 from .budget import GIB, format_gib
@@ -22,6 +23,7 @@ from .command_options import (
 from .cost import Rates
 from .device_kinds import DEVICE_KINDS, LISTED
 from .limits import checked_limit, to_bytes
+from .measured_rates import MeasuredRates, kept_rates
 from .plan import Plan
 from .plan_table import format_curve, format_plan, plan_record
 
@@ -35,7 +37,8 @@ def add_plan(commands: Commands) -> None:
             "Plans for a safetensors checkpoint from the headers of its files: what "
             "stays on the device, what streams, and what a pass costs. Each tensor "
             "counts as read by every pass. Seconds are predicted from the rates that "
-            "you give (hookoffload doctor measures this machine's), and never guessed."
+            "you give, else from those that hookoffload doctor measured on this "
+            "machine, and never guessed."
         ),
     )
     plan.add_argument("path", type=Path, nargs="+", help="a file, an index or a folder")
@@ -76,16 +79,19 @@ def add_plan(commands: Commands) -> None:
 def _run_plan(options: argparse.Namespace) -> int:
     store = options.store or usual_store(options.device)
     limit = checked_limit("limit_gb", options.limit_gb)
+    measured = kept_rates(options.device, options.path)
     plan = plan_of_headers(
         options.path[0] if len(options.path) == 1 else options.path,
         Tiers(device=options.device, on_disk=store == "disk"),
         limit_bytes=None if limit is None else to_bytes(limit),
         activation_bytes=int(options.activations_gb * GIB),
-        rates=_rates_of(options),
+        rates=_rates_of(options, measured),
     )
     curve = plan.curve() if options.curve else None
     if options.json:
         record = plan_record(plan)
+        record["rates"] = None if plan.rates is None else asdict(plan.rates)
+        record["rates_measured"] = None if measured is None else measured.day
         if curve is not None:
             record["curve"] = [point._asdict() for point in curve]
         emit(json.dumps(record))
@@ -103,7 +109,7 @@ def _run_plan(options: argparse.Namespace) -> int:
         known = plan.rates is not None and plan.rates.compute_seconds is not None
         emit()
         emit(format_curve(curve, width, at_least=not known))
-    say(_hint(plan), width)
+    say(_hint(plan, options, measured), width)
     return 0
 
 
@@ -115,21 +121,39 @@ def _device(text: str) -> str:
     return text
 
 
-def _rates_of(options: argparse.Namespace) -> Rates | None:
+def _rates_of(
+    options: argparse.Namespace, measured: MeasuredRates | None
+) -> Rates | None:
+    """Returns the rates that are given, and of the others those that were measured."""
+    known = Rates() if measured is None else measured.rates
     link, disk = options.link_gb_s, options.disk_gb_s
-    if link is disk is options.compute_s is None:
-        return None
-    return Rates(
-        link_bytes_per_second=None if link is None else link * GIB,
-        disk_bytes_per_second=None if disk is None else disk * GIB,
-        compute_seconds=options.compute_s,
-    )
+    if link is not None:
+        known = replace(known, link_bytes_per_second=link * GIB)
+    if disk is not None:
+        known = replace(known, disk_bytes_per_second=disk * GIB)
+    known = replace(known, compute_seconds=options.compute_s)
+    return None if known == Rates() else known
 
 
-def _hint(plan: Plan) -> str:
+def _hint(
+    plan: Plan, options: argparse.Namespace, measured: MeasuredRates | None
+) -> str:
     hints = []
+    if measured is not None:
+        link, disk, _ = astuple(measured.rates)
+        used = [
+            f"{name} {rate / GIB:.2f} GiB/s"
+            for name, rate, given, nbytes in (
+                ("link", link, options.link_gb_s, plan.link_bytes),
+                ("disk", disk, options.disk_gb_s, plan.disk_bytes),
+            )
+            if rate is not None and given is None and nbytes
+        ]
+        if used:
+            rates = ", ".join(used)
+            hints.append(f"{rates}: measured by hookoffload doctor, {measured.day}.")
     if plan.rates is None:
-        hints.append("--link-gb-s N (hookoffload doctor measures it) adds seconds.")
+        hints.append("Run hookoffload doctor, or give --link-gb-s N, for seconds.")
     if not plan.activation_bytes:
         hints.append("Activations are not counted: --activations-gb N leaves room.")
     return " ".join(hints)

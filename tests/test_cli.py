@@ -17,8 +17,9 @@ from safetensors import safe_open
 
 from hookoffload import demo, demo_trial
 from hookoffload.cli import main
-from hookoffload.demo_model import Checkpoint, DemoTransformer, Shape, default_cache_dir
+from hookoffload.demo_model import Checkpoint, DemoTransformer, Shape
 from hookoffload.demo_trial import Measurement, Trial
+from hookoffload.measured_rates import default_cache_dir
 from hookoffload.user_errors import one_line
 
 GIB = 2**30
