@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 import stat
 import weakref
 from pathlib import Path
@@ -126,11 +127,9 @@ def read_extents(path: Path) -> dict[str, TensorExtent]:
 
 def _open_descriptor(path: Path, writable: bool) -> int:
     if path.suffix.lower() in PICKLED:
-        converted = path.with_suffix(".safetensors").name
         raise CheckpointError(
             f"{path}: only safetensors files can be read from disk piece by piece. "
-            "Convert it once: safetensors.torch.save_file(torch.load("
-            f"{path.name!r}, weights_only=True), {converted!r})."
+            f"Convert it once: hookoffload convert {shlex.quote(path.name)} FOLDER"
         )
     # O_NONBLOCK: opening a pipe by mistake must fail below, not wait for a writer.
     flags = os.O_RDWR if writable else os.O_RDONLY

@@ -40,7 +40,7 @@ def save_picture(report: Report, path: str | os.PathLike[str]) -> None:
     except ImportError as error:
         raise ImportError(
             "report.plot draws with matplotlib, which is not installed: "
-            "pip install hookoffload[plot]. report.save(...) needs nothing"
+            "pip install 'hookoffload[plot]'. report.save(...) needs nothing"
         ) from error
     suffix = picture_format(path)
     figure = Figure(figsize=(11, 6), dpi=150, layout="constrained")
