@@ -53,7 +53,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 def test_each_public_name_is_what_type_checkers_see() -> None:
     tree = ast.parse(Path(hookoffload.__file__).read_text())
-    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {
         alias.name: node.module
         for node in checked.body
