@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
@@ -73,7 +74,22 @@ def add_plan(commands: Commands) -> None:
         "--curve", action="store_true", help="also show what other limits would give"
     )
     add_json(plan)
-    plan.set_defaults(run=_run_plan)
+    plan.set_defaults(run=_run_uncollected)
+
+
+def _run_uncollected(options: argparse.Namespace) -> int:
+    """Plans while nothing is collected.
+
+    What is made of the headers is in use to the end. Of a checkpoint with 47,000
+    tensors, looking through it for garbage again and again was a fifth of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return _run_plan(options)
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _run_plan(options: argparse.Namespace) -> int:

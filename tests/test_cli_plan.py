@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -201,6 +202,15 @@ def test_several_files_are_one_checkpoint(
     files = sorted(folder.glob("*.safetensors"))
     assert record_of(capsys, *files)["layers"] == 80
     assert record_of(capsys, *files[:2])["layers"] == 40
+
+
+def test_garbage_is_collected_again_behind_a_plan(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output_of(capsys, folder)
+    assert gc.isenabled()
+    error_of(capsys, "plan", str(folder / "gone"))
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("columns", [40, 80])
