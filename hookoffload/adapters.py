@@ -24,8 +24,9 @@ from torch.nn import functional
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from .alignment import align
 from .budget import BudgetExceededError, format_gib
-from .device_memory import Block, align
+from .device_memory import Block
 from .refusals import NotCopied
 
 if TYPE_CHECKING:

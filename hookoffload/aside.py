@@ -21,14 +21,7 @@ def written_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         ValueError: The folder does not exist, or the path is one.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise ValueError(f"{str(target)!r} is a folder; give the path of a file in it")
-    if not target.parent.is_dir():
-        raise ValueError(
-            f"{str(target)!r} cannot be written: the folder {str(target.parent)!r} "
-            "does not exist; make it first"
-        )
+    target = checked_target(path)
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         with open(aside, "xb") as file:
@@ -38,3 +31,20 @@ def written_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside)
         raise
+
+
+def checked_target(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a file that can be written.
+
+    Raises:
+        ValueError: The folder does not exist, or the path is one.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"{str(target)!r} is a folder; give the path of a file in it")
+    if not target.parent.is_dir():
+        raise ValueError(
+            f"{str(target)!r} cannot be written: the folder {str(target.parent)!r} "
+            "does not exist; make it first"
+        )
+    return target

@@ -19,6 +19,7 @@ from .preview import (
     plan_of_model,
     plan_of_session,
 )
+from .progress import progress_shown
 from .safetensors_file import TensorLocation
 from .session import Session
 from .state_hooks import owner_of, session_of
@@ -37,7 +38,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def attach_offload_hooks(
-    model: ModuleT, policy: OffloadPolicy | None = None
+    model: ModuleT, policy: OffloadPolicy | None = None, *, progress: bool = True
 ) -> ModuleT:
     """Let a model run although its weights do not fit the compute device.
 
@@ -51,6 +52,7 @@ def attach_offload_hooks(
             they are taken).
         policy: how much memory, where and in which dtypes; default: unlimited, on the
             accelerator if there is one.
+        progress: show bars for what takes longer than a second.
 
     Returns:
         The same model.
@@ -70,7 +72,8 @@ def attach_offload_hooks(
         torch.Size([1, 8])
         >>> model = detach(model)
     """
-    return _attach(model, policy or OffloadPolicy(), {})
+    with progress_shown(progress):
+        return _attach(model, policy or OffloadPolicy(), {})
 
 
 def _attach(

@@ -13,14 +13,16 @@ import torch
 from torch import nn
 
 from .attach import detach, offload_plan, offload_stats, set_limit
-from .bench_model import Inputs, make_input, recipe_for, run_forward
+from .bench_model import Inputs, Recipe, make_input, recipe_for, run_forward
 from .budget import GIB, format_gib
 from .checkpoint import open_checkpoint
 from .cost import Rates
+from .importing import explained
 from .loading import load_model
 from .machine import measure_file, measure_link
 from .plan import Plan
 from .policy import OffloadPolicy
+from .user_errors import EXPECTED_ERRORS
 
 # The first pass looks at the model and measures activations, the second brings in what
 # stays.
@@ -116,7 +118,7 @@ def run_bench(
     files = _files(folder)
     link = measure_link(where)
     say(f"Loading {recipe.name} from {folder} ...")
-    model = load_model(recipe.factory, folder, policy, config=recipe.config)
+    model = _loaded(recipe, folder, policy)
     try:
         inputs = make_input(model, input_name)
         timed = []
@@ -140,6 +142,15 @@ def run_bench(
         rates=rates,
         trials=tuple(_predicted(trial, plan, rates) for trial, plan in timed),
     )
+
+
+def _loaded(recipe: Recipe, folder: Path, policy: OffloadPolicy) -> nn.Module:
+    try:
+        return load_model(recipe.factory, folder, policy, config=recipe.config)
+    except EXPECTED_ERRORS:
+        raise
+    except Exception as error:  # of the class's own code
+        raise ValueError(f"{recipe.name} cannot be made: {explained(error)}") from error
 
 
 def _files(folder: Path) -> dict[Path, int]:

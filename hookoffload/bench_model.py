@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .importing import explained, imported
+from .opened_file import explain_missing
 
 TOKENS = 128
 
@@ -47,6 +48,11 @@ def recipe_for(folder: Path, class_name: str | None) -> Recipe:
     Raises:
         ValueError: The class is not named, or is not there.
     """
+    if not folder.is_dir():
+        what = (
+            "is a file, not a folder." if folder.exists() else explain_missing(folder)
+        )
+        raise ValueError(f"{folder}: {what}")
     config = _read_config(folder)
     cls = _named_in(config, folder) if class_name is None else imported(class_name)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
@@ -55,12 +61,22 @@ def recipe_for(folder: Path, class_name: str | None) -> Recipe:
     from_config = getattr(cls, "from_config", None)
     config_class = getattr(cls, "config_class", None)
     if config_class is not None:  # transformers
-        made = config_class.from_pretrained(str(folder))
+        made = _transformers_config(config_class, folder)
         return Recipe(name=cls.__name__, factory=cls, config=made)
     if from_config is not None:  # diffusers
         factory = functools.partial(from_config, config)
         return Recipe(name=cls.__name__, factory=factory, config=None)
     return Recipe(name=cls.__name__, factory=cls, config=config or None)
+
+
+def _transformers_config(config_class: Any, folder: Path) -> Any:
+    try:
+        return config_class.from_pretrained(str(folder))
+    except Exception as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: {config_class.__name__} cannot be made from "
+            f"it: {explained(error)}"
+        ) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from .conversion_cache import ConversionCache
 from .conversion_entry import EntryWriter
 from .conversion_trace import is_plain
 from .converting import add_once
+from .opened_file import explain_missing
 from .progress import progress_bar
-from .safetensors_file import TensorLocation, explain_missing
+from .safetensors_file import TensorLocation
 from .safetensors_header import CheckpointError
 
 # Part of the cache's key: to be counted up when other tensors come out of a file.

@@ -8,15 +8,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import NoReturn
 
+from .command_options import FAILED, emit
 from .commands import COMMANDS
-from .demo import emit, run_demo
-from .demo_trial import EXPECTED_ERRORS, one_line
+from .user_errors import EXPECTED_ERRORS, one_line
 
-DIFFERENT = 1
-FAILED = 2
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -67,60 +64,9 @@ def _make_parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    _add_demo(commands)
     for add_command in COMMANDS:
         add_command(commands)
     return parser
-
-
-def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
-    demo = commands.add_parser(
-        "demo",
-        help="run a transformer plain and under a limit, and compare",
-        description=(
-            "Makes a transformer with random weights, runs it plain and under a memory "
-            "limit, each in a fresh process, and compares memory, time and output. "
-            "Sizes are in GiB (2**30 bytes)."
-        ),
-    )
-    demo.add_argument(
-        "--size-gb",
-        type=float,
-        default=1.0,
-        metavar="N",
-        help="size of the model in GiB (default: 1)",
-    )
-    demo.add_argument(
-        "--limit-gb",
-        type=float,
-        metavar="N",
-        help="limit in GiB (default: an eighth of the model)",
-    )
-    demo.add_argument(
-        "--device",
-        metavar="NAME",
-        help="where to compute: cpu, cuda or xpu (default: a GPU if there is one)",
-    )
-    demo.add_argument(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        help=(
-            "where the checkpoint is kept (default: $XDG_CACHE_HOME/hookoffload, or "
-            "~/.cache/hookoffload)"
-        ),
-    )
-    demo.set_defaults(run=_run_demo)
-
-
-def _run_demo(options: argparse.Namespace) -> int:
-    same = run_demo(
-        size_gb=options.size_gb,
-        limit_gb=options.limit_gb,
-        cache_dir=options.cache_dir,
-        device=options.device,
-    )
-    return 0 if same else DIFFERENT
 
 
 def _version() -> str:

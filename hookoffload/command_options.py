@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import sys
 import textwrap
 from typing import Any, Literal
 
-from .demo import emit
+# Exit statuses, beside 0.
+DIFFERENT = 1
+FAILED = 2
 
 Commands = Any  # what add_subparsers returns; argparse keeps its name private
 
@@ -37,6 +40,12 @@ def usual_store(device: str) -> Literal["cpu", "disk"]:
 def terminal_width() -> int:
     """Returns the columns of the terminal; 80 for a pipe."""
     return max(shutil.get_terminal_size().columns, 20)
+
+
+def emit(text: str = "") -> None:
+    """Writes one line to the standard output at once, also into a pipe."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def say(text: str, width: int) -> None:

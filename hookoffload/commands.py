@@ -1,4 +1,4 @@
-"""The commands for machines and checkpoints: plan, doctor, bench, convert."""
+"""The commands: demo, plan, doctor, bench, convert."""
 
 from __future__ import annotations
 
@@ -7,27 +7,88 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from .bench import bench_record, describe_bench, format_bench, run_bench
-from .bench_plot import plot_bench, require_matplotlib
 from .budget import format_gib
 from .command_options import (
+    DIFFERENT,
     Commands,
     add_json,
     add_store,
     count,
+    emit,
     say,
     terminal_width,
 )
-from .converting import Converter
-from .demo import emit
-from .demo_trial import EXPECTED_ERRORS
-from .doctor import examine, findings_record, format_findings
-from .importing import explained, imported
 from .plan_command import add_plan
-from .rewriting import rewrite_checkpoint
+from .user_errors import EXPECTED_ERRORS
+
+if TYPE_CHECKING:
+    import torch
+
+    from .converting import Converter
+
+# What runs is imported when it does: most of it needs torch, which takes a second.
+
+
+def _add_demo(commands: Commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="run a transformer plain and under a limit, and compare",
+        description=(
+            "Makes a transformer with random weights, runs it plain and under a memory "
+            "limit, each in a fresh process, and compares memory, time and output. "
+            "Sizes are in GiB (2**30 bytes)."
+        ),
+    )
+    demo.add_argument(
+        "--size-gb",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="size of the model in GiB (default: 1)",
+    )
+    demo.add_argument(
+        "--limit-gb",
+        type=float,
+        metavar="N",
+        help="limit in GiB (default: an eighth of the model)",
+    )
+    demo.add_argument(
+        "--device",
+        metavar="NAME",
+        help="where to compute: cpu, cuda or xpu (default: a GPU if there is one)",
+    )
+    demo.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help=(
+            "where the checkpoint is kept (default: $XDG_CACHE_HOME/hookoffload, or "
+            "~/.cache/hookoffload)"
+        ),
+    )
+    add_json(demo)
+    demo.set_defaults(run=_run_demo)
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from .demo import format_demo, run_demo
+
+    width = terminal_width()
+    run = run_demo(
+        size_gb=options.size_gb,
+        limit_gb=options.limit_gb,
+        cache_dir=options.cache_dir,
+        device=options.device,
+        say=(lambda line: None) if options.json else (lambda line: say(line, width)),
+    )
+    if options.json:
+        emit(json.dumps(asdict(run)))
+    else:
+        emit()
+        emit(format_demo(run, width))
+    return 0 if run.identical else DIFFERENT
 
 
 def _add_doctor(commands: Commands) -> None:
@@ -36,7 +97,8 @@ def _add_doctor(commands: Commands) -> None:
         help="say what this machine can do",
         description=(
             "Measures the link to the GPU and the disk, in a few seconds, and says how "
-            "much memory can be page-locked. Rates are in GiB (2**30 bytes) per second."
+            "much memory can be page-locked. Rates are in GiB (2**30 bytes) a second; "
+            "they are kept in the user's cache folder for hookoffload plan."
         ),
     )
     doctor.add_argument(
@@ -53,11 +115,17 @@ def _add_doctor(commands: Commands) -> None:
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
+    from .doctor import examine, findings_record, format_findings, keep_findings
+
     findings = examine(options.disk_dir)
+    kept = keep_findings(findings)
     if options.json:
         emit(json.dumps(findings_record(findings)))
     else:
-        emit(format_findings(findings, terminal_width()))
+        width = terminal_width()
+        emit(format_findings(findings, width))
+        if kept:
+            say("hookoffload plan predicts seconds from these rates now.", width)
     return 0
 
 
@@ -117,8 +185,12 @@ def _add_bench(commands: Commands) -> None:
 
 
 def _run_bench(options: argparse.Namespace) -> int:
+    from .bench import bench_record, describe_bench, format_bench, run_bench
+    from .bench_plot import check_picture, plot_bench
+
     if options.plot is not None:
-        require_matplotlib()
+        check_picture(options.plot)
+    width = terminal_width()
     bench = run_bench(
         options.folder,
         options.limit_gb,
@@ -127,12 +199,11 @@ def _run_bench(options: argparse.Namespace) -> int:
         device=options.device,
         store=options.store,
         passes=options.passes,
-        say=(lambda line: None) if options.json else emit,
+        say=(lambda line: None) if options.json else (lambda line: say(line, width)),
     )
     if options.json:
         emit(json.dumps(bench_record(bench)))
     else:
-        width = terminal_width()
         emit()
         emit(format_bench(bench, width))
         say(describe_bench(bench), width)
@@ -176,6 +247,8 @@ def _add_convert(commands: Commands) -> None:
 
 
 def _run_convert(options: argparse.Namespace) -> int:
+    from .rewriting import rewrite_checkpoint
+
     name = options.converter
     done = rewrite_checkpoint(
         options.source,
@@ -196,6 +269,8 @@ def _run_convert(options: argparse.Namespace) -> int:
 
 
 def _converter(name: str) -> Converter:
+    from .importing import explained, imported
+
     function = imported(name)
 
     def converter(tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -212,4 +287,4 @@ def _converter(name: str) -> Converter:
     return converter
 
 
-COMMANDS = (add_plan, _add_doctor, _add_bench, _add_convert)
+COMMANDS = (_add_demo, add_plan, _add_doctor, _add_bench, _add_convert)

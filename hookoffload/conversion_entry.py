@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from .safetensors_file import CheckpointFile, TensorLocation
-from .safetensors_header import CODES, CheckpointError
+from .safetensors_header import CheckpointError
 from .safetensors_writer import Source, write_safetensors
 from .tensor_bytes import disk_errors
+from .torch_dtypes import CODES, DTYPES
 
 ELSEWHERE = "pass another with cache_dir="
 _TABLE = "conversion.safetensors.index.json"
 _FORMAT = 1
 # What is computed stays in RAM until it fills a file.
 _SHARD = 512 * 2**20
-_DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def part_of(
@@ -165,7 +165,7 @@ def open_entry(
                 name,
                 entry["file"],
                 entry["tensor"],
-                _DTYPES[entry["dtype"]],
+                DTYPES[entry["dtype"]],
                 tuple(map(int, entry["shape"])),
                 int(entry["start"]),
             )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from .budget import GIB
 from .cost import CurvePoint, Rates
-from .placement import checked_limit
+from .limits import checked_limit
 from .plan import Plan
 from .planner import make_plan
 

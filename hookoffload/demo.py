@@ -7,13 +7,15 @@ process of its own, and compares memory, time and output.
 from __future__ import annotations
 
 import math
-import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .budget import GIB
-from .demo_model import Checkpoint, Shape, default_cache_dir
+from .demo_model import Checkpoint, Shape
 from .demo_trial import (
     SAMPLE_SECONDS,
     Measurement,
@@ -21,18 +23,15 @@ from .demo_trial import (
     measure_in_fresh_process,
     policy_of,
 )
+from .measured_rates import default_cache_dir
 
 # Below this the activations outweigh the model, and a limit shows nothing.
 SMALLEST_GB = 0.01
 
+_LABEL = 22
+
 # GPUs whose allocator keeps a peak.
 _GPUS = ("cuda", "xpu")
-
-
-def emit(text: str = "") -> None:
-    """Writes one line to the standard output at once, also into a pipe."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def best_device() -> torch.device:
@@ -43,23 +42,47 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoRun:
+    """What the demo measured.
+
+    Attributes:
+        device: Where it computed.
+        dtype: The dtype of the weights, by torch's name.
+        model_bytes: Size of the model.
+        limit_bytes: The limit of the limited run.
+        plain: The run without a limit.
+        limited: The run with one.
+        identical: Whether both gave the same bits.
+        checkpoint: The file, which is kept for the next time.
+    """
+
+    device: str
+    dtype: str
+    model_bytes: int
+    limit_bytes: int
+    plain: Measurement
+    limited: Measurement
+    identical: bool
+    checkpoint: str
+
+
 def run_demo(
     *,
     size_gb: float,
     limit_gb: float | None,
     cache_dir: Path | None,
     device: str | None,
-) -> bool:
-    """Runs the demo and prints what it shows.
+    say: Callable[[str], object],
+) -> DemoRun:
+    """Runs the demo.
 
     Args:
         size_gb: About how large the model is, in GiB.
         limit_gb: The limit of the limited run, in GiB; None is an eighth of the model.
         cache_dir: Where the checkpoint is kept; None is the user's cache folder.
         device: Where to compute; None is the best device there.
-
-    Returns:
-        Whether both runs gave the same bits.
+        say: Told what is done at the moment, a line at a time.
 
     Raises:
         ValueError: The size or the limit makes no sense.
@@ -76,15 +99,16 @@ def run_demo(
     checkpoint = Checkpoint(cache_dir or default_cache_dir(), shape, dtype)
     limit = checkpoint.tensor_bytes / 8 / GIB if limit_gb is None else limit_gb
     # A device or a limit that cannot be is refused before anything is written.
-    policy_of(where, limit).resolve()
+    limit_bytes = policy_of(where, limit).resolve().limit_bytes
+    assert limit_bytes is not None, "the limited run has a limit"
 
     kind = str(dtype).removeprefix("torch.")
-    emit(
+    say(
         f"hookoffload demo: a transformer of {checkpoint.tensor_bytes / GIB:.3g} GiB "
         f"({kind}) on {where}"
     )
     if not checkpoint.exists():
-        emit("Writing its checkpoint, this once ...")
+        say("Writing its checkpoint, this once ...")
         checkpoint.write()
 
     # The limited run is first: what it cannot do shows at once, and should the file not
@@ -101,30 +125,48 @@ def run_demo(
             device=str(where),
             limit_gb=trial_limit,
         )
-        emit(f"Running it {how} ...")
+        say(f"Running it {how} ...")
         measured[trial.name] = measure_in_fresh_process(trial)
 
     plain, limited = measured["plain"], measured["limited"]
-    identical = plain.digest == limited.digest
-    emit()
-    for line in _table(limit, plain, limited):
-        emit(line)
-    emit(f"outputs identical: {identical}")
-    emit()
-    for line in _memory_note(where, plain):
-        emit(line)
-    emit("The checkpoint is kept for the next time:")
-    emit(f"  {checkpoint.path}")
-    return identical
+    return DemoRun(
+        device=str(where),
+        dtype=kind,
+        model_bytes=checkpoint.tensor_bytes,
+        limit_bytes=limit_bytes,
+        plain=plain,
+        limited=limited,
+        identical=plain.digest == limited.digest,
+        checkpoint=str(checkpoint.path),
+    )
 
 
-def _table(limit_gb: float, plain: Measurement, limited: Measurement) -> list[str]:
+def format_demo(run: DemoRun, width: int = 80) -> str:
+    """Writes what the demo measured, for a reader; the path may be wider."""
+    note = _memory_note(torch.device(run.device), run.plain)
+    return "\n".join(
+        [
+            *_table(run.limit_bytes / GIB, run.plain, run.limited, width),
+            f"outputs identical: {run.identical}",
+            "",
+            *textwrap.wrap(note, width),
+            *textwrap.wrap("The checkpoint is kept for the next time:", width),
+            f"  {run.checkpoint}",
+        ]
+    )
+
+
+def _table(
+    limit_gb: float, plain: Measurement, limited: Measurement, width: int
+) -> list[str]:
+    cell_width = min(12, max((width - _LABEL) // 2, 8))
+
     def row(name: str, *cells: float | str | None) -> str:
         texts = (
             cell if isinstance(cell, str) else "?" if cell is None else f"{cell:.3f}"
             for cell in cells
         )
-        return f"{name:<22}" + "".join(f"{text:>12}" for text in texts)
+        return f"{name:<{_LABEL}}" + "".join(f"{text:>{cell_width}}" for text in texts)
 
     def gib(count: int | None) -> float | None:
         return None if count is None else count / GIB
@@ -139,14 +181,14 @@ def _table(limit_gb: float, plain: Measurement, limited: Measurement) -> list[st
     ]
 
 
-def _memory_note(device: torch.device, plain: Measurement) -> list[str]:
+def _memory_note(device: torch.device, plain: Measurement) -> str:
     if device.type != "cpu":
-        return ["Peak memory is what PyTorch allocated on the device."]
+        return "Peak memory is what PyTorch allocated on the device."
     if plain.peak_bytes is None:
-        return ["This system does not tell the peak memory of a process."]
-    return [
+        return "This system does not tell the peak memory of a process."
+    return (
         "Peak memory is the process's own (RssAnon, sampled every "
-        f"{SAMPLE_SECONDS * 1000:.0f} ms), above",
-        "what it had before loading; the page cache is not counted. On a CPU the limit",
-        "bounds what hookoffload holds: the activations come on top.",
-    ]
+        f"{SAMPLE_SECONDS * 1000:.0f} ms), above what it had before loading; the page "
+        "cache is not counted. On a CPU the limit bounds what hookoffload holds: the "
+        "activations come on top."
+    )

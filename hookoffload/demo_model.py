@@ -15,9 +15,9 @@ from typing import IO
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .budget import GIB
+from .progress import progress_bar
 
 SEED = 0
 HEAD_WIDTH = 64
@@ -95,12 +95,6 @@ class DemoTransformer(nn.Module):
         return logits
 
 
-def default_cache_dir() -> Path:
-    """Returns this library's folder in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hookoffload"
-
-
 class Checkpoint:
     """A safetensors file with the random weights of one shape.
 
@@ -146,12 +140,9 @@ class Checkpoint:
                 "smaller --size-gb"
             )
         generator = torch.Generator().manual_seed(SEED)
-        # disable=None: no bar where nobody watches.
         with (
             _renamed_when_whole(self.path) as file,
-            tqdm(
-                total=self.tensor_bytes, unit="B", unit_scale=True, disable=None
-            ) as bar,
+            progress_bar("writing the checkpoint", self.tensor_bytes) as bar,
         ):
             file.write(self._header)
             for shape in self._shapes.values():

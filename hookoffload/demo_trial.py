@@ -22,13 +22,11 @@ from torch import nn
 from .demo_model import HEAD_WIDTH, SEED, DemoTransformer
 from .loading import load_model
 from .policy import OffloadPolicy
+from .user_errors import EXPECTED_ERRORS, one_line
 
 TOKENS = 128
 NEXT_FORWARDS = 3
 SAMPLE_SECONDS = 0.005
-
-# What its reader can do something about; anything else is a bug, with a traceback.
-EXPECTED_ERRORS = (MemoryError, OSError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,11 +218,6 @@ def main(argv: list[str]) -> int:
         answer = {"error": one_line(error)}
     sys.stdout.write(json.dumps(answer))
     return 1 if "error" in answer else 0
-
-
-def one_line(error: BaseException) -> str:
-    """Returns what the error says, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -6,16 +6,8 @@ from typing import Any
 
 import torch
 
+from .alignment import align
 from .budget import MemoryBudget
-
-# CUDA's allocator hands out multiples of 512 bytes, and kernels choose their variants
-# by alignment: regions that start on the same multiples compute the same bits.
-ALIGNMENT = 512
-
-
-def align(nbytes: int) -> int:
-    """Round a number of bytes up to a multiple of `ALIGNMENT`."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Block:

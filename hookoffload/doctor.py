@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from .budget import GIB
+from .cost import Rates
 from .host_memory import available_memory
 from .machine import (
     DiskSpeed,
@@ -24,7 +26,10 @@ from .machine import (
     measure_disk,
     measure_link,
 )
+from .measured_rates import keep_rates
 from .placement import default_device
+
+logger = logging.getLogger(__name__)
 
 # Below this a disk is what every pass waits for.
 _SLOW_DISK = GIB
@@ -83,6 +88,22 @@ def examine(folder: Path | None = None) -> Findings:
         lockable=locked,
         advice=_advice(link, disk, locked),
     )
+
+
+def keep_findings(findings: Findings) -> bool:
+    """Keeps the rates for ``hookoffload plan``; returns whether they could be kept."""
+    link, disk = findings.link, findings.disk
+    rates = Rates(
+        link_bytes_per_second=None if link is None else link.bytes_per_second,
+        disk_bytes_per_second=None if disk.cold is False else disk.bytes_per_second,
+    )
+    device = "cpu" if link is None else link.device
+    try:
+        keep_rates(device=device, rates=rates, disk_folder=disk.folder)
+    except OSError as error:
+        logger.debug("the rates are not kept: %s", error)
+        return False
+    return True
 
 
 def findings_record(findings: Findings) -> dict[str, Any]:

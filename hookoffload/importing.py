@@ -25,6 +25,8 @@ def imported(name: str) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name!r} cannot be imported: {error}") from error
+    except Exception as error:  # of the module's own code
+        raise ValueError(f"{name!r} cannot be imported: {explained(error)}") from error
     return found
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .alignment import align
 from .copy_engine import Copy
-from .device_memory import Block, align
+from .device_memory import Block
 from .master import Master, Member, version_of
 from .ring import Region, RegionRing, RegionStack
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .alignment import align
 from .budget import MemoryBudget
 from .copy_engine import Copy, make_copy_engine
-from .device_memory import Block, DeviceMemory, align
+from .device_memory import Block, DeviceMemory
 from .layer import Layer, resident_dtype
 from .order import ExecutionOrder
 from .planner import Plan

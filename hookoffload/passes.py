@@ -35,6 +35,7 @@ class Passes:
         self._seen: set[int] = set()
         self._probe_next = True
         self._left_probes: list[Probe] = []
+        self._told_of: set[str] = set()
         self._autocast_cache = True
 
     def set_layers(self, asked_for: set[int]) -> None:
@@ -169,13 +170,20 @@ class Passes:
         try:
             session.rebuild()
         except BudgetExceededError as error:
-            logger.warning(
-                "%s read(s) weights of other modules, which do not fit the limit for "
-                "that long; they are brought in each time they are used. %s",
-                ", ".join(sorted({user or "the model" for user, _ in joined})),
-                error,
-            )
+            self._warn_of_joined({user or "the model" for user, _ in joined}, error)
             self.joined = before
             session.rebuild()
             self._probe_next = True
         session.adapters.warn_of_unused()
+
+    def _warn_of_joined(self, users: set[str], error: BudgetExceededError) -> None:
+        """Say once of each module that its reads cost more than they should."""
+        if users <= self._told_of:  # the probe comes back with them each time
+            return
+        self._told_of |= users
+        logger.warning(
+            "%s read(s) weights of other modules, which do not fit the limit for "
+            "that long; they are brought in each time they are used. %s",
+            ", ".join(sorted(users)),
+            error,
+        )

@@ -29,6 +29,7 @@ import torch
 from .budget import format_gib
 from .host_memory import default_cap
 from .master import Master
+from .progress import progress_bar
 
 logger = logging.getLogger(__name__)
 _SLAB_ALIGNMENT = 64  # what PyTorch's own CPU allocator gives
@@ -50,6 +51,7 @@ class PageLock:
         "_moved",
         "_ranges",
         "_release",
+        "_warned",
         "locked_bytes",
     )
 
@@ -59,6 +61,7 @@ class PageLock:
         self._held: list[torch.Tensor] = []
         self._ranges: list[int] = []
         self._moved: list[Master] = []  # into slabs
+        self._warned = False
         self.locked_bytes = 0
         # Also when a model is dropped without detach.
         self._release = weakref.finalize(self, _unlock, self._ranges, self._held)
@@ -76,18 +79,22 @@ class PageLock:
             _move_into_slab(guests)
             self._moved += guests
         refused = 0
-        for start, end, members in _page_ranges(chosen):
-            if not _register(start, end - start, self._device):
-                refused += sum(m.nbytes for m in members)
-                continue
-            self._ranges.append(start)
-            self.locked_bytes += end - start
-            for master in members:
-                self._held.append(master.flat)
-                master.pinned = True
         chosen_bytes = sum(master.nbytes for master in chosen)
+        with progress_bar("page-locking weights", chosen_bytes) as bar:
+            for start, end, members in _page_ranges(chosen):
+                nbytes = sum(m.nbytes for m in members)
+                bar.update(nbytes)
+                if not _register(start, end - start, self._device):
+                    refused += nbytes
+                    continue
+                self._ranges.append(start)
+                self.locked_bytes += end - start
+                for master in members:
+                    self._held.append(master.flat)
+                    master.pinned = True
         left = total - chosen_bytes + refused
-        if left:
+        if left and not self._warned:  # weights may come from disk many times
+            self._warned = True
             logger.warning(
                 "%s of %s of weights in host RAM are not page-locked (%s) and are "
                 "copied more slowly. pin_limit_gb= sets how much may be locked",

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-BYTES_PER_GIB = 2**30
+from .device_kinds import LISTED
 
 Place = torch.device | Literal["disk"]
 
 CPU = torch.device("cpu")
-DEVICE_KINDS = "cpu, cuda, xpu, mps, npu, hpu, mtia"
 # torch counts these as floating, but no cast carries a weight over: one packs two
 # values into an element, the other is an exponent without a sign.
 _NOT_CASTABLE = ("torch.float4_e2m1fn_x2", "torch.float8_e8m0fnu")
@@ -68,24 +65,6 @@ class Placement:
         return self.device == "disk"
 
 
-def checked_limit(field: str, value: object) -> float | None:
-    """Returns a value as a number of GiB; None is unlimited."""
-    if value is None:
-        return None
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        try:
-            limit = float(value)
-        except OverflowError:
-            limit = math.inf
-        # In bytes it must be finite as well.
-        if limit >= 0 and math.isfinite(limit * BYTES_PER_GIB):
-            return limit
-    raise ValueError(
-        f"{field}={value!r} is not a number of GiB; use None (unlimited), 0 (as little "
-        'as possible), a positive number such as 2.5, or limit_gb="auto"'
-    )
-
-
 def checked_place(field: str, value: object) -> Place | None:
     """Returns a value as a device or the disk."""
     return "disk" if value == "disk" else checked_device(field, value, disk=True)
@@ -106,7 +85,7 @@ def checked_device(
     raise ValueError(
         f"{field}={value!r} is no device that can be used here; give its kind, and "
         "its index if there are several, such as 'cuda:1' (known kinds: "
-        f"{DEVICE_KINDS}{', disk' if disk else ''})"
+        f"{LISTED}{', disk' if disk else ''})"
     )
 
 

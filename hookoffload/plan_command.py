@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 from .budget import GIB, format_gib
+from .checkpoint_plan import Tiers, plan_of_headers
 from .command_options import (
     Commands,
     add_json,
     add_store,
+    emit,
     not_negative,
     positive,
     say,
@@ -18,12 +22,11 @@ from .command_options import (
     usual_store,
 )
 from .cost import Rates
-from .demo import emit
-from .placement import CPU, default_device
+from .device_kinds import DEVICE_KINDS, LISTED
+from .limits import checked_limit, to_bytes
+from .measured_rates import MeasuredRates, kept_rates
 from .plan import Plan
 from .plan_table import format_curve, format_plan, plan_record
-from .policy import OffloadPolicy
-from .preview import plan_of_checkpoint
 
 
 def add_plan(commands: Commands) -> None:
@@ -35,7 +38,8 @@ def add_plan(commands: Commands) -> None:
             "Plans for a safetensors checkpoint from the headers of its files: what "
             "stays on the device, what streams, and what a pass costs. Each tensor "
             "counts as read by every pass. Seconds are predicted from the rates that "
-            "you give (hookoffload doctor measures this machine's), and never guessed."
+            "you give, else from those that hookoffload doctor measured on this "
+            "machine, and never guessed."
         ),
     )
     plan.add_argument("path", type=Path, nargs="+", help="a file, an index or a folder")
@@ -47,11 +51,10 @@ def add_plan(commands: Commands) -> None:
     )
     plan.add_argument(
         "--device",
+        type=_device,
+        default="cuda",
         metavar="NAME",
-        help=(
-            "where it would compute; it need not be there (default: this machine's "
-            "accelerator, else cuda)"
-        ),
+        help="where it would compute; it need not be there (default: cuda)",
     )
     add_store(plan)
     plan.add_argument(
@@ -71,37 +74,50 @@ def add_plan(commands: Commands) -> None:
         "--curve", action="store_true", help="also show what other limits would give"
     )
     add_json(plan)
-    plan.set_defaults(run=_run_plan)
+    plan.set_defaults(run=_run_uncollected)
+
+
+def _run_uncollected(options: argparse.Namespace) -> int:
+    """Plans while nothing is collected.
+
+    What is made of the headers is in use to the end. Of a checkpoint with 47,000
+    tensors, looking through it for garbage again and again was a fifth of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return _run_plan(options)
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _run_plan(options: argparse.Namespace) -> int:
-    here = default_device()
-    device = options.device or ("cuda" if here == CPU else str(here))
-    policy = OffloadPolicy(
-        limit_gb=options.limit_gb,
-        compute_device=device,
-        store=options.store or usual_store(device),
-    )
-    plan = plan_of_checkpoint(
+    store = options.store or usual_store(options.device)
+    limit = checked_limit("limit_gb", options.limit_gb)
+    measured = kept_rates(options.device, options.path)
+    plan = plan_of_headers(
         options.path[0] if len(options.path) == 1 else options.path,
-        policy,
-        _rates_of(options),
+        Tiers(device=options.device, on_disk=store == "disk"),
+        limit_bytes=None if limit is None else to_bytes(limit),
         activation_bytes=int(options.activations_gb * GIB),
+        rates=_rates_of(options, measured),
     )
     curve = plan.curve() if options.curve else None
     if options.json:
         record = plan_record(plan)
+        record["rates"] = None if plan.rates is None else asdict(plan.rates)
+        record["rates_measured"] = None if measured is None else measured.day
         if curve is not None:
             record["curve"] = [point._asdict() for point in curve]
         emit(json.dumps(record))
         return 0
     width = terminal_width()
     whole = sum(layer.resident_bytes for layer in plan.layers)
-    absent = "" if options.device or here != CPU else " (there is none here)"
-    place = "on disk" if policy.store == "disk" else "in RAM"
+    place = "on disk" if store == "disk" else "in RAM"
     say(
         f"{' '.join(map(str, options.path))}: {format_gib(whole)} {place}, to compute "
-        f"on {plan.device}{absent}",
+        f"on {plan.device}",
         width,
     )
     emit(format_plan(plan, width))
@@ -109,25 +125,51 @@ def _run_plan(options: argparse.Namespace) -> int:
         known = plan.rates is not None and plan.rates.compute_seconds is not None
         emit()
         emit(format_curve(curve, width, at_least=not known))
-    say(_hint(plan), width)
+    say(_hint(plan, options, measured), width)
     return 0
 
 
-def _rates_of(options: argparse.Namespace) -> Rates | None:
+def _device(text: str) -> str:
+    """Reads a device's name, as argparse wants it done; without torch to ask."""
+    kind, colon, index = text.partition(":")
+    if kind not in DEVICE_KINDS or (colon and not index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device (known: {LISTED})")
+    return text
+
+
+def _rates_of(
+    options: argparse.Namespace, measured: MeasuredRates | None
+) -> Rates | None:
+    """Returns the rates that are given, and of the others those that were measured."""
+    known = Rates() if measured is None else measured.rates
     link, disk = options.link_gb_s, options.disk_gb_s
-    if link is disk is options.compute_s is None:
-        return None
-    return Rates(
-        link_bytes_per_second=None if link is None else link * GIB,
-        disk_bytes_per_second=None if disk is None else disk * GIB,
-        compute_seconds=options.compute_s,
-    )
+    if link is not None:
+        known = replace(known, link_bytes_per_second=link * GIB)
+    if disk is not None:
+        known = replace(known, disk_bytes_per_second=disk * GIB)
+    known = replace(known, compute_seconds=options.compute_s)
+    return None if known == Rates() else known
 
 
-def _hint(plan: Plan) -> str:
+def _hint(
+    plan: Plan, options: argparse.Namespace, measured: MeasuredRates | None
+) -> str:
     hints = []
+    if measured is not None:
+        link, disk, _ = astuple(measured.rates)
+        used = [
+            f"{name} {rate / GIB:.2f} GiB/s"
+            for name, rate, given, nbytes in (
+                ("link", link, options.link_gb_s, plan.link_bytes),
+                ("disk", disk, options.disk_gb_s, plan.disk_bytes),
+            )
+            if rate is not None and given is None and nbytes
+        ]
+        if used:
+            rates = ", ".join(used)
+            hints.append(f"{rates}: measured by hookoffload doctor, {measured.day}.")
     if plan.rates is None:
-        hints.append("--link-gb-s N (hookoffload doctor measures it) adds seconds.")
+        hints.append("Run hookoffload doctor, or give --link-gb-s N, for seconds.")
     if not plan.activation_bytes:
         hints.append("Activations are not counted: --activations-gb N leaves room.")
     return " ".join(hints)

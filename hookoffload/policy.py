@@ -6,23 +6,21 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from .device_kinds import LISTED
 from .host_memory import automatic_limit
+from .limits import checked_limit, to_bytes
 from .module_map import ModuleMap
 from .placement import (
-    BYTES_PER_GIB,
     CPU,
-    DEVICE_KINDS,
     Place,
     Placement,
     checked_device,
     checked_dtype,
-    checked_limit,
     checked_place,
     default_device,
     distance,
@@ -160,7 +158,7 @@ class OffloadPolicy:
         if self.computation is not None and self.computation.on_disk:
             raise ValueError(
                 f"computation={self.computation!r} is on disk, and nothing computes "
-                f"there; known kinds of devices: {DEVICE_KINDS}"
+                f"there; known kinds of devices: {LISTED}"
             )
         for name, value in normal.items():
             object.__setattr__(self, name, value)
@@ -266,7 +264,7 @@ class OffloadPolicy:
             preparing=None if preparing.on_disk else preparing,
             disk_dir=folder,
             module_map=ModuleMap(self.module_map),
-            pin_limit_bytes=None if pinned is None else _to_bytes(pinned),
+            pin_limit_bytes=None if pinned is None else to_bytes(pinned),
             record=self.record,
         )
 
@@ -387,9 +385,4 @@ def _check_folder(value: object) -> None:
 def _limit_bytes(limit: float | Literal["auto"] | None, device: Any) -> int | None:
     if limit == "auto":
         return automatic_limit(device)
-    return None if limit is None else _to_bytes(limit)
-
-
-def _to_bytes(gib: float) -> int:
-    """Return GiB as bytes; what is above zero stays above zero."""
-    return max(int(Fraction(gib) * BYTES_PER_GIB), int(gib > 0))
+    return None if limit is None else to_bytes(limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,8 +15,8 @@ _SHOWN: ContextVar[bool] = ContextVar("hookoffload progress bars", default=True)
 
 @contextmanager
 def progress_shown(shown: bool) -> Iterator[None]:
-    """Show the bars that are made inside, or none of them."""
-    token = _SHOWN.set(shown)
+    """Show the bars that are made inside, or none of them; further out none is none."""
+    token = _SHOWN.set(shown and _SHOWN.get())
     try:
         yield
     finally:
@@ -44,5 +45,10 @@ def progress_bar(what: str, total_bytes: int) -> tqdm[Any]:
         delay=1.0,
         leave=False,
         # None: where standard error is no terminal.
-        disable=None if _SHOWN.get() else True,
+        disable=None if _SHOWN.get() and not _turned_off() else True,
     )
+
+
+def _turned_off() -> bool:
+    """Whether the user wants no bar; tqdm asks only where `disable` is not given."""
+    return os.environ.get("TQDM_DISABLE", "") not in ("", "0")

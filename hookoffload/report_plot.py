@@ -40,17 +40,11 @@ def save_picture(report: Report, path: str | os.PathLike[str]) -> None:
     except ImportError as error:
         raise ImportError(
             "report.plot draws with matplotlib, which is not installed: "
-            "pip install hookoffload[plot]. report.save(...) needs nothing"
+            "pip install 'hookoffload[plot]'. report.save(...) needs nothing"
         ) from error
+    suffix = picture_format(path)
     figure = Figure(figsize=(11, 6), dpi=150, layout="constrained")
     kinds = kinds_of(report.timeline.memory)
-    suffix = Path(path).suffix[1:].lower()
-    if suffix not in figure.canvas.get_supported_filetypes():
-        known = ", ".join(f".{ending}" for ending in ("png", "svg", "pdf"))
-        raise ValueError(
-            f"{os.fspath(path)!r} does not end in a picture's format; use one of "
-            f"{known}"
-        )
     memory, lanes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     figure.suptitle(
         f"{report.model} on {report.device}: {report.verdict()}", fontsize=11
@@ -59,6 +53,24 @@ def save_picture(report: Report, path: str | os.PathLike[str]) -> None:
     _draw_lanes(lanes, report)
     with written_aside(path) as file:
         figure.savefig(file, format=suffix)
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """Returns the format that the ending of a picture's path names.
+
+    Raises:
+        ValueError: It names none that matplotlib draws.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffix = Path(path).suffix[1:].lower()
+    if suffix not in FigureCanvasBase.get_supported_filetypes():
+        known = ", ".join(f".{ending}" for ending in ("png", "svg", "pdf"))
+        raise ValueError(
+            f"{os.fspath(path)!r} does not end in a picture's format; use one of "
+            f"{known}"
+        )
+    return suffix
 
 
 def kinds_of(memory: Sequence[MemoryPoint]) -> list[str]:

@@ -1,4 +1,10 @@
-"""The header of a safetensors file: its dtypes, how it is read and what is checked."""
+"""The header of a safetensors file: how it is read and what is checked.
+
+[Note: planning without torch]
+``hookoffload plan`` answers from headers before torch would be imported. What it needs,
+from here to `plan_command`, imports no torch while it runs: dtypes are the format's
+codes, devices are names. A test has the command run where torch cannot be imported.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +15,32 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 _LONGEST_HEADER = 100_000_000  # The format's own limit, in bytes.
 DAMAGED = "The file is damaged or was not copied completely: fetch it again."
-_TORCH_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F4": "float4_e2m1fn_x2",
+# Bytes of an element as torch has it, by the format's code: torch keeps two numbers of
+# F4 in one element.
+ITEMSIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "C64": 8,
+    "F8_E4M3": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2": 1,
+    "F8_E5M2FNUZ": 1,
+    "F8_E8M0": 1,
+    "F4": 1,
 }
-_DTYPES: dict[str, torch.dtype] = {
-    code: getattr(torch, name)
-    for code, name in _TORCH_NAMES.items()
-    if isinstance(getattr(torch, name, None), torch.dtype)
-}
-CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class CheckpointError(ValueError):
@@ -51,13 +51,13 @@ class TensorExtent(NamedTuple):
     """Says which bytes of a file are a tensor, and as what.
 
     Attributes:
-        dtype: The tensor's dtype.
+        code: The format's word for the tensor's dtype.
         shape: The tensor's shape as torch has it.
         offset: First byte, counted from the start of the file.
         nbytes: Length in bytes.
     """
 
-    dtype: torch.dtype
+    code: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -152,12 +152,11 @@ def _locate(
     code: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    dtype = _DTYPES.get(code) if isinstance(code, str) else None
-    if dtype is None:
+    itemsize = ITEMSIZES.get(code) if isinstance(code, str) else None
+    if itemsize is None:
         raise CheckpointError(
-            f"{where} has the dtype {code!r}, which torch {torch.__version__} cannot "
-            f"hold. Known: {', '.join(sorted(_DTYPES))}. Convert the tensor, or update "
-            "torch."
+            f"{where} has the dtype {code!r}, which is not known here. Known: "
+            f"{', '.join(sorted(ITEMSIZES))}. Convert the tensor."
         )
     if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
         raise CheckpointError(
@@ -173,19 +172,19 @@ def _locate(
         shape = [*shape[:-1], shape[-1] // 2]
     begin, end = offsets
     # Zero-element shapes count too: torch computes strides of 64 bits for them.
-    if prod(max(1, count) for count in shape) * dtype.itemsize >= 2**63:
+    if prod(max(1, count) for count in shape) * itemsize >= 2**63:
         raise CheckpointError(f"{where} has the impossible shape {shape}. {DAMAGED}")
-    if end - begin != prod(shape) * dtype.itemsize:
+    if end - begin != prod(shape) * itemsize:
         raise CheckpointError(
             f"{where} has {end - begin} bytes; its dtype {code} and shape "
-            f"{entry['shape']} take {prod(shape) * dtype.itemsize}. {DAMAGED}"
+            f"{entry['shape']} take {prod(shape) * itemsize}. {DAMAGED}"
         )
     if data_start + end > size:
         raise CheckpointError(
             f"{where} ends at byte {data_start + end}, outside the file, which has "
             f"{size} bytes: it was cut short. {DAMAGED}"
         )
-    return TensorExtent(dtype, tuple(shape), data_start + begin, end - begin)
+    return TensorExtent(code, tuple(shape), data_start + begin, end - begin)
 
 
 def _are_counts(values: object) -> bool:

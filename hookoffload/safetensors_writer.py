@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from .safetensors_file import CheckpointFile, TensorLocation
-from .safetensors_header import CODES, CheckpointError
+from .safetensors_header import CheckpointError
 from .tensor_bytes import chunk_sizes, disk_errors, pieces, write_at, write_pieces
+from .torch_dtypes import CODES
 
 _GIB = 2**30
 

@@ -58,8 +58,7 @@ class Store:
             return
         self._read([m for m in masters if m.location is not None], placement.dtype)
         self._files = {m.location.file for m in self.masters if m.location is not None}
-        for master in masters:
-            self._cast(master, placement.dtype)
+        self._cast(masters, placement.dtype)
 
     @staticmethod
     def _read(masters: Sequence[Master], dtype: torch.dtype | None) -> None:
@@ -80,12 +79,22 @@ class Store:
             master.become(flat, None)
 
     @staticmethod
-    def _cast(master: Master, dtype: torch.dtype | None) -> None:
-        """Have a master in host RAM, in ``dtype`` if it may be cast."""
-        flat = master.flat
-        wanted = dtype if dtype is not None and master.castable else flat.dtype
-        if flat.device != _CPU or flat.dtype != wanted:
-            master.become(flat.to(_CPU, wanted), None)
+    def _cast(masters: Sequence[Master], dtype: torch.dtype | None) -> None:
+        """Have masters in host RAM, in ``dtype`` if they may be cast."""
+        casts = []
+        for master in masters:
+            flat = master.flat
+            wanted = dtype if dtype is not None and master.castable else flat.dtype
+            if flat.device != _CPU or flat.dtype != wanted:
+                casts.append((master, wanted))
+        if not casts:
+            return
+        total = sum(master.nbytes for master, _ in casts)
+        with progress_bar("bringing weights to RAM", total) as bar:
+            for master, wanted in casts:
+                nbytes = master.nbytes
+                master.become(master.flat.to(_CPU, wanted), None)
+                bar.update(nbytes)
 
     def _spill(self, masters: Sequence[Master], dtype: torch.dtype | None) -> None:
         """Write masters that have no file yet to a file of their own, free the RAM."""
@@ -140,8 +149,7 @@ class Store:
             assert master.location is not None, f"{master.name} is in RAM already"
             self._mapped[id(master)] = (master.flat, master.location)
         self._read(waiting, placement.dtype)
-        for master in self.masters:
-            self._cast(master, placement.dtype)
+        self._cast(self.masters, placement.dtype)
 
     def offload(self, placement: Placement) -> None:
         """Bring masters back to the offload placement.
@@ -154,7 +162,7 @@ class Store:
             known = self._mapped.pop(id(master), None)
             if known is None:
                 if not placement.on_disk:
-                    self._cast(master, placement.dtype)
+                    self._cast([master], placement.dtype)
                 continue
             flat, location = known
             if master.dirty:

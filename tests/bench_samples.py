@@ -46,3 +46,10 @@ def failing(model: Stack) -> torch.Tensor:
 
 def bfloats(model: Stack) -> torch.Tensor:
     return one_tensor(model).to(torch.bfloat16)
+
+
+class Failing(nn.Module):
+    """A model whose own code does not work."""
+
+    def __init__(self, **options: object) -> None:
+        raise KeyError("depth")

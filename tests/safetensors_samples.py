@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 from safetensors.torch import save_file
 
-from hookoffload.safetensors_header import _DTYPES
+from hookoffload.torch_dtypes import CODES
 
-DTYPES = sorted(_DTYPES.values(), key=str)
+DTYPES = sorted(CODES, key=str)
 
 
 def random_tensor(dtype, shape, seed=0):

@@ -234,8 +234,6 @@ def test_plot_of_the_command_is_written(
     pytest.importorskip("matplotlib")
     assert main(options(folder, "--passes=1", f"--plot={folder / 'b.png'}")) == 0
     assert (folder / "b.png").stat().st_size > 1000
-    argv = options(folder, "--passes=1", f"--plot={folder / 'b.txt'}")
-    assert "txt" in error_of(capsys, *argv, "--json")
 
 
 # -- mistakes -----------------------------------------------------------------------
@@ -249,6 +247,39 @@ def test_plot_without_matplotlib_names_the_extra_before_anything_runs(
     monkeypatch.setattr(bench_plot, "find_spec", lambda _name: None)
     argv = ["bench", str(tmp_path / "gone"), "--limit-gb=1", "--plot=b.png"]
     assert "pip install 'hookoffload[plot]'" in error_of(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [("b.txt", "one of .png, .svg, .pdf"), ("gone/b.png", "make it first")],
+)
+def test_picture_that_cannot_be_written_is_told_before_anything_runs(
+    picture: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    argv = ["bench", str(tmp_path / "none"), "--limit-gb=1"]
+    assert said in error_of(capsys, *argv, f"--plot={tmp_path / picture}")
+
+
+def test_module_that_fails_while_it_is_imported_is_told(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_written.py").write_text("x = = 1")
+    (tmp_path / "in_trouble.py").write_text("1 / 0")
+    for name, said in (("half_written", "SyntaxError"), ("in_trouble", "ZeroDivision")):
+        error = error_of(capsys, *options(folder, "--json", f"--class={name}:Model"))
+        assert said in error
+
+
+def test_folder_that_is_a_file_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").touch()
+    assert "is a file" in error_of(capsys, *options(tmp_path / "taken"))
 
 
 def test_folder_that_is_not_there_or_has_no_weights_is_told(
@@ -281,6 +312,7 @@ def test_device_that_is_not_there_is_told(
         (f"--class={SAMPLES}Missing", "Missing"),
         (f"--class={SAMPLES}NOT_A_CLASS", "not a class of torch.nn.Module"),
         ("--input=named", "should be package.module:name"),
+        (f"--class={SAMPLES}Failing", "Failing cannot be made: KeyError: 'depth'"),
         (f"--input={SAMPLES}failing", "KeyError: 'width'"),
         (f"--input={SAMPLES}NOT_A_CLASS", "TypeError"),
         (f"--input={SAMPLES}misfitting", "TypeError"),
@@ -315,6 +347,15 @@ def test_config_that_names_no_class_is_told(
         (folder / "config.json").write_text(config)
     argv = ["bench", str(folder), "--limit-gb=1", CPU]
     assert said in error_of(capsys, *argv)
+
+
+def test_config_that_its_class_refuses_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = '{"architectures": ["BertModel"], "id2label": 5}'
+    (folder / "config.json").write_text(text)
+    argv = ["bench", str(folder), "--limit-gb=1", CPU]
+    assert "BertConfig cannot be made" in error_of(capsys, *argv)
 
 
 def test_package_that_is_not_installed_is_named(

@@ -17,8 +17,10 @@ from safetensors import safe_open
 
 from hookoffload import demo, demo_trial
 from hookoffload.cli import main
-from hookoffload.demo_model import Checkpoint, DemoTransformer, Shape, default_cache_dir
+from hookoffload.demo_model import Checkpoint, DemoTransformer, Shape
 from hookoffload.demo_trial import Measurement, Trial
+from hookoffload.measured_rates import default_cache_dir
+from hookoffload.user_errors import one_line
 
 GIB = 2**30
 SMALL = Shape(width=64, blocks=2)
@@ -120,6 +122,21 @@ def test_demo_names_the_checkpoint_in_the_users_cache_folder(ran: Demo) -> None:
 def test_demo_fits_80_columns(ran: Demo) -> None:
     *lines, _path = ran.out.splitlines()
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_demo_fits_a_narrow_terminal(
+    columns: int,
+    tmp_path: Path,
+    faked: list[Trial],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    main(["demo", "--device=cpu", "--size-gb=0.01", f"--cache-dir={tmp_path}"])
+    *lines, _path = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert any(re.fullmatch(r"limit \(GiB\) +none +0.001", line) for line in lines)
 
 
 def test_demo_in_a_pipe_shows_no_progress_bar(ran: Demo) -> None:
@@ -239,6 +256,12 @@ def test_cache_folder_that_is_a_file_is_told_in_one_line(
     (tmp_path / "taken").touch()
     argv = ("demo", "--size-gb=0.01", f"--cache-dir={tmp_path / 'taken'}")
     assert "taken" in error_of(capsys, *argv)
+
+
+def test_error_of_the_system_names_the_file_and_no_number() -> None:
+    error = FileExistsError(17, "File exists", "/a/folder")
+    assert one_line(error) == "/a/folder: File exists"
+    assert one_line(OSError("no room\nleft")) == "no room left"
 
 
 def test_without_a_command_the_help_names_the_demo(
@@ -369,3 +392,15 @@ def test_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_dir() == Path("/caches/hookoffload")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_dir() == Path.home() / ".cache" / "hookoffload"
+
+
+def test_demo_tells_a_program_in_one_json_object(
+    tmp_path: Path, faked: list[Trial], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--device=cpu", "--size-gb=0.01", f"--cache-dir={tmp_path}")
+    assert main(["demo", "--json", *options]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["identical"] is True
+    assert record["limit_bytes"] == int(record["model_bytes"] / 8)
+    assert record["limited"] == vars(MEASURED)
+    assert Path(record["checkpoint"]).parent == tmp_path

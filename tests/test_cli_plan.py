@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from hookoffload import OffloadPolicy, offload_plan
+from hookoffload import OffloadPolicy, Rates, offload_plan
 from hookoffload.cli import main
+from hookoffload.measured_rates import default_cache_dir, keep_rates
 from tests.sparse_checkpoints import write_sparse, write_sparse_shards
 from tests.test_cli import error_of
 
 GIB = 2**30
-NO_GPU = pytest.mark.skipif(
-    torch.accelerator.is_available(), reason="there is an accelerator"
-)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -82,7 +86,68 @@ def test_seconds_come_from_the_rates_that_are_given(
     }
     out = output_of(capsys, folder, *options)
     assert "predicted" not in out
-    assert "hookoffload doctor measures it" in " ".join(out.split())
+    assert "Run hookoffload doctor" in " ".join(out.split())
+
+
+def measured(folder: Path, device: str = "cuda:0") -> Path:
+    """Keeps rates as the doctor does; returns their file."""
+    rates = Rates(link_bytes_per_second=20 * GIB, disk_bytes_per_second=4 * GIB)
+    keep_rates(device=device, rates=rates, disk_folder=str(folder))
+    return default_cache_dir() / "rates.json"
+
+
+def test_seconds_come_from_what_the_doctor_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured(folder)
+    options = ["--limit-gb=0", "--device=cuda"]
+    assert record_of(capsys, folder, *options)["predicted"]["seconds"] == 1.0
+    on_disk = record_of(capsys, folder, *options, "--store=disk")
+    assert on_disk["predicted"]["seconds"] == 5.0
+    assert on_disk["rates_measured"]
+    out = " ".join(output_of(capsys, folder, *options, "--store=disk").split())
+    assert "link 20.00 GiB/s, disk 4.00 GiB/s: measured by hookoffload doctor" in out
+    assert "predicted >= 5.000 s a pass: compute not known" in out
+
+
+def test_rates_that_are_given_go_before_measured_ones(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured(folder)
+    options = ["--limit-gb=0", "--store=disk", "--disk-gb-s=2", "--compute-s=0.5"]
+    assert record_of(capsys, folder, *options)["predicted"] == {
+        "compute_seconds": 0.5,
+        "link_seconds": 1.0,
+        "disk_seconds": 10.0,
+        "seconds": 10.0,
+        "complete": True,
+    }
+    out = " ".join(output_of(capsys, folder, *options).split())
+    assert "link 20.00 GiB/s: measured" in out
+
+
+def test_rates_of_another_device_disk_or_machine_are_not_used(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--limit-gb=0", "--store=disk"]
+    measured(folder, device="xpu:0")
+    predicted = record_of(capsys, folder, *options)["predicted"]
+    assert (predicted["link_seconds"], predicted["disk_seconds"]) == (None, 5.0)
+    measured(Path("/proc"))
+    predicted = record_of(capsys, folder, *options)["predicted"]
+    assert (predicted["link_seconds"], predicted["disk_seconds"]) == (1.0, None)
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    assert record_of(capsys, folder, *options)["predicted"] is None
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", '{"format": 2}', '{"format": 1, "machine": 3}']
+)
+def test_measured_rates_that_cannot_be_read_are_as_none(
+    content: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured(folder).write_text(content)
+    assert record_of(capsys, folder)["rates"] is None
 
 
 def test_curve_shows_what_other_limits_would_give(
@@ -113,12 +178,12 @@ def test_room_for_activations_is_taken_from_the_residents(
     assert 2.5 * GIB < less < 3.5 * GIB
 
 
-@NO_GPU
-def test_machine_without_a_gpu_plans_for_cuda_and_says_so(
+def test_plan_is_for_cuda_unless_told_otherwise(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = output_of(capsys, folder, "--limit-gb=8")
-    assert "to compute on cuda (there is none here)" in " ".join(out.split())
+    assert record_of(capsys, folder)["device"] == "cuda"
+    out = output_of(capsys, folder, "--device=xpu:3")
+    assert "to compute on xpu:3" in " ".join(out.split())
 
 
 def test_weights_rest_on_disk_where_the_cpu_computes(
@@ -137,6 +202,15 @@ def test_several_files_are_one_checkpoint(
     files = sorted(folder.glob("*.safetensors"))
     assert record_of(capsys, *files)["layers"] == 80
     assert record_of(capsys, *files[:2])["layers"] == 40
+
+
+def test_garbage_is_collected_again_behind_a_plan(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output_of(capsys, folder)
+    assert gc.isenabled()
+    error_of(capsys, "plan", str(folder / "gone"))
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("columns", [40, 80])
@@ -207,6 +281,8 @@ def test_limit_that_cannot_work_is_told_with_the_smallest_that_does(
         ("--limit-gb=much", "--limit-gb"),
         ("--device=toaster", "toaster"),
         ("--device=meta", "meta"),
+        ("--device=cuda:", "cuda:"),
+        ("--device=cuda:one", "cuda:one"),
         ("--link-gb-s=0", "--link-gb-s"),
         ("--disk-gb-s=inf", "--disk-gb-s"),
         ("--compute-s=nan", "--compute-s"),

@@ -32,3 +32,19 @@ def test_sentence_encoder_in_a_quarter_of_its_size_gives_the_same_embeddings() -
     assert figures is not None, ended.stdout
     weights, limit, peak = map(float, figures.groups())
     assert peak <= limit < 0.26 * weights
+
+
+def test_picture_is_drawn_from_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the picture is drawn with it")
+    picture = tmp_path / "run.png"
+    sizes = ("--width=64", "--blocks=4", "--tokens=2", "--limit-gb=0.0005")
+    ended = subprocess.run(
+        [sys.executable, EXAMPLES / "picture.py", picture, *sizes],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"forwards +3\b", ended.stdout)

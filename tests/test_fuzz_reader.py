@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from hookoffload import CheckpointError
 from hookoffload.checkpoint import open_checkpoint
-from hookoffload.safetensors_header import CODES
+from hookoffload.torch_dtypes import CODES
 from tests.safetensors_samples import random_tensor, read, same_bits, save
 
 # With the profile "long", 20,000 in all.

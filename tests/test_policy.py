@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from hookoffload.budget import GIB
 from hookoffload.module_map import ModuleMap
-from hookoffload.placement import BYTES_PER_GIB, Placement
+from hookoffload.placement import Placement
 from hookoffload.policy import OffloadPolicy
 
 CPU = torch.device("cpu")
@@ -200,7 +201,7 @@ def test_limit_counts_in_gib(limit: Any, expected: int | None) -> None:
 def test_limit_in_bytes_is_the_limit_said_and_zero_only_for_zero(limit: float) -> None:
     resolved = OffloadPolicy(limit_gb=limit, compute_device="cpu").resolve()
     assert resolved.limit_bytes is not None
-    exact = Fraction(limit) * BYTES_PER_GIB
+    exact = Fraction(limit) * GIB
     assert exact - 1 < resolved.limit_bytes <= max(exact, 1)
     assert (resolved.limit_bytes == 0) == (limit == 0)
 
@@ -572,7 +573,7 @@ def test_seed_documents_configuration_on_disk_means_what_it_says() -> None:
         without_gpu(SEED_DISK), vram_limit=2, module_map={nn.Linear: "linear"}
     )
     resolved = policy.resolve()
-    assert resolved.limit_bytes == 2 * BYTES_PER_GIB
+    assert resolved.limit_bytes == 2 * GIB
     assert resolved.offload == resolved.onload == DISK
     assert resolved.preparing == Placement(device="cpu", dtype=BF16)
     assert resolved.module_map.kind_of(nn.Linear(2, 2)) == "atomic"

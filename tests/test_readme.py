@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,4 +82,55 @@ def test_set_up_commands_are_two() -> None:
 def test_public_names_that_are_mentioned_exist() -> None:
     mentioned = set(re.findall(r"`([a-z_]+)\(", README.read_text()))
     assert len(mentioned) >= 5
-    assert mentioned <= {*hookoffload.__all__, "print"}
+    others = {"clone", "max", "print", "state_dict"}  # of Python and torch
+    assert mentioned <= {*hookoffload.__all__, *others}
+
+
+def test_files_that_are_linked_exist() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
+    assert len(links) >= 8
+    for link in links:
+        assert (README.parent / link).exists(), link
+
+
+def test_every_example_is_named() -> None:
+    text = README.read_text()
+    for path in (README.parent / "examples").glob("*.py"):
+        assert f"examples/{path.name}" in text
+
+
+def _written(node: ast.expr) -> str | None:
+    """Returns a string of the source with … for what is filled in later."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[sd]|%[.\d]+[fg]|%g", "…", node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_written(part) or "…" for part in node.values)
+    return None
+
+
+def test_messages_that_are_explained_are_those_of_the_library() -> None:
+    rows = re.findall(r"^\| `([^|]+)`(?: \(warning\))? \|", README.read_text(), re.M)
+    messages = [row for row in rows if " " in row]
+    assert len(messages) >= 20
+    texts = {
+        text
+        for path in Path(hookoffload.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.expr) and (text := _written(node))
+    }
+    for message in messages:
+        assert any(message in text for text in texts), message
+
+
+def test_reference_is_what_the_docstrings_say() -> None:
+    examples = README.parent / "examples"
+    made = subprocess.run(
+        [sys.executable, "-c", "import api_reference as a; print(a.reference())"],
+        cwd=examples,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(README.parent), "."])},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    written = (examples / "api.md").read_text(encoding="utf-8")
+    assert made == f"{written}\n", "run python examples/api_reference.py"

@@ -195,7 +195,7 @@ def test_without_matplotlib_the_error_names_the_extra(
     found: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install hookoffload\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install 'hookoffload\[plot\]'"):
         found.plot(tmp_path / "run.png")
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hookoffload import safetensors_file
+from hookoffload import opened_file, safetensors_file
 from hookoffload.checkpoint import open_checkpoint
 from hookoffload.safetensors_file import CheckpointFile
 from hookoffload.safetensors_header import CheckpointError
@@ -339,7 +339,7 @@ def test_file_replaced_while_it_is_opened_is_refused(tmp_path, monkeypatch, no_l
         replace(path)
         return safe_open(*args, **kwargs)
 
-    monkeypatch.setattr(safetensors_file, "safe_open", replace_first)
+    monkeypatch.setattr(opened_file, "safe_open", replace_first)
     with pytest.raises(CheckpointError, match="replaced"):
         CheckpointFile(path)
 

@@ -461,3 +461,30 @@ def test_error_that_has_nothing_to_do_with_it_says_nothing_of_weights() -> None:
         with pytest.raises(RuntimeError) as error:
             run(model, torch.zeros(1, WIDTH + 1))
     assert "hookoffload" not in str(error.value)
+
+
+class SidewaysBlock(nn.Module):
+    """Four layers, none of which is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = functional.linear(x, layer.weight, layer.bias)
+        return x
+
+
+def test_reads_that_do_not_fit_the_limit_together_are_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = nn.Sequential(SidewaysBlock(), SidewaysBlock())
+    limit_gb = 2 * 65 * 64 * 4 / 2**30
+    with offloaded(model, limit_gb=limit_gb, store="disk", compute_device="cpu"):
+        for _ in range(4):
+            with torch.no_grad():
+                model(torch.ones(2, 64))
+    (told,) = caplog.messages
+    assert "0, 1 read(s) weights of other modules" in told
+    assert "Set limit_gb=" in told

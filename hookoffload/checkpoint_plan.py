@@ -1,0 +1,188 @@
+"""Plans of checkpoints from the headers of their files; [Note: planning without torch].
+
+A checkpoint tells less than a model. Its tensors are grouped by the names of their
+modules, and each is taken to be read by every pass, in the order of the names; which
+of them are buffers, or tables whose rows are looked up, only the model knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+from .alignment import align
+from .checkpoint_index import CheckpointPaths, find_tensors
+from .cost import Rates
+from .opened_file import read_extents
+from .plan import LayerSpec, Plan
+from .planner import make_plan
+from .safetensors_header import ITEMSIZES, TensorExtent
+
+# Tensors that belong to the root itself have no module's name.
+_ROOT = "(root)"
+
+
+class HeldAs(NamedTuple):
+    """The dtypes of one tensor, by the format's codes; see `codec`."""
+
+    rest: str
+    resident: str
+    compute: str
+
+
+def held_as_it_is(code: str) -> HeldAs:
+    """Casts nothing."""
+    return HeldAs(code, code, code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiers:
+    """Where a checkpoint's layers would rest and compute, and as what.
+
+    Attributes:
+        device: The compute device by name.
+        on_disk: Whether layers rest in their files; else in host RAM.
+        may_stay: Whether a layer may be resident.
+        held_as: The dtypes of a tensor whose file has the given one.
+    """
+
+    device: str
+    on_disk: bool
+    may_stay: bool = True
+    held_as: Callable[[str], HeldAs] = held_as_it_is
+
+    @property
+    def readable(self) -> bool:
+        """Whether forwards can read a tensor where it rests."""
+        return self.device.partition(":")[0] == "cpu" and not self.on_disk
+
+
+def plan_of_headers(
+    checkpoint: CheckpointPaths,
+    tiers: Tiers,
+    *,
+    limit_bytes: int | None,
+    activation_bytes: int = 0,
+    rates: Rates | None = None,
+) -> Plan:
+    """Plans for a checkpoint from the headers of its files; reads no tensor.
+
+    Args:
+        checkpoint: As for `load_model`.
+        tiers: Where it rests and computes.
+        limit_bytes: As for `make_plan`.
+        activation_bytes: Bytes to leave for what the model computes.
+        rates: How fast the machine is, if that is known.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+        BudgetExceededError: The limit is below the least that the model needs.
+    """
+    modules = _by_module(find_tensors(checkpoint, read_extents))
+    names = list(modules)
+    chains = _chains(names)
+    held = {index for chain in chains for index in chain[:-1]}
+    # Of thousands of layers most are of a few kinds.
+    sized = cache(partial(_sized, tiers))
+    specs = [
+        LayerSpec(
+            name=name or _ROOT,
+            held=index in held,
+            **sized(tuple((tensor.code, tensor.nbytes) for tensor in modules[name])),
+        )
+        for index, name in enumerate(names)
+    ]
+    plan = make_plan(
+        specs,
+        order=[i for i, spec in enumerate(specs) if not spec.in_place],
+        chains=chains,
+        limit_bytes=limit_bytes,
+        activation_bytes=activation_bytes,
+    )
+    return replace(plan, device=tiers.device, rates=rates)
+
+
+def dtype_label(dtypes: Iterable[tuple[str, str]]) -> str:
+    """Names the dtypes of a layer for readers.
+
+    Args:
+        dtypes: Of each tensor, at rest and in its forward.
+    """
+    labels = sorted({" > ".join(dict.fromkeys(pair)) for pair in dtypes})
+    return " + ".join(labels) if len(labels) <= 2 else "mixed"
+
+
+def _by_module(
+    tensors: dict[str, TensorExtent],
+) -> dict[str, list[TensorExtent]]:
+    """Groups tensors by the module that owns them: a.b.weight is of a.b."""
+    modules: dict[str, list[TensorExtent]] = {}
+    for name, extent in tensors.items():
+        modules.setdefault(name.rpartition(".")[0], []).append(extent)
+    return {name: modules[name] for name in sorted(modules, key=_natural)}
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts blocks.2 before blocks.10."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts]
+
+
+def _chains(names: list[str]) -> list[tuple[int, ...]]:
+    """Lists each module behind those that it lies in: they run while it does."""
+    numbers = {name: index for index, name in enumerate(names)}
+    chains = []
+    for name in names:
+        parts = name.split(".") if name else []
+        outer = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+        chains.append(tuple(numbers[at] for at in outer if at in numbers))
+    return chains
+
+
+def _sized(tiers: Tiers, tensors: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+    """Sizes a layer as `Layer.measure` does, from dtypes and bytes alone.
+
+    Args:
+        tiers: Where it rests and computes.
+        tensors: The code and the bytes of each.
+
+    Returns:
+        The fields of a `LayerSpec` that follow from them.
+    """
+    may_stay = tiers.may_stay
+    region = copied = cast = resident = resident_cast = 0
+    as_it_is = True
+    dtypes = []
+    for code, nbytes in tensors:
+        held_as = tiers.held_as(code)
+        dtypes.append((held_as.rest, held_as.compute))
+        casts = held_as.rest != held_as.compute
+        if not nbytes or (tiers.readable and not casts):
+            continue
+        count = nbytes // ITEMSIZES[code]
+        rest = count * ITEMSIZES[held_as.rest]
+        copied += rest
+        if not tiers.readable:
+            region += align(rest)
+        elif held_as.resident == held_as.rest:
+            may_stay = False
+        as_it_is &= not tiers.readable and held_as.resident == held_as.rest
+        if casts:
+            cast += align(count * ITEMSIZES[held_as.compute])
+        if held_as.resident != held_as.compute:
+            resident_cast += align(count * ITEMSIZES[held_as.compute])
+        resident += align(count * ITEMSIZES[held_as.resident])
+    return {
+        "stream_bytes": region,
+        "copy_bytes": copied,
+        "cast_bytes": cast,
+        "resident_bytes": resident,
+        "resident_cast_bytes": resident_cast,
+        "transit_bytes": 0 if as_it_is else region,
+        "can_stay": may_stay and copied > 0,
+        "disk_bytes": copied if tiers.on_disk else 0,
+        "dtype": dtype_label(dtypes),
+    }
