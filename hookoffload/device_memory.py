@@ -97,11 +97,11 @@ class DeviceMemory:
 
     def allocated_bytes(self) -> int | None:
         """Return what this process's PyTorch allocator holds, None where unknown."""
-        return self._statistic("memory_allocated")
+        return self._statistic("current", "memory_allocated")
 
     def peak_bytes(self) -> int | None:
         """Return the allocator's peak since it was last reset, None where unknown."""
-        return self._statistic("max_memory_allocated")
+        return self._statistic("peak", "max_memory_allocated")
 
     def reset_peak(self) -> None:
         """Start the allocator's peak anew, where there is one."""
@@ -114,7 +114,14 @@ class DeviceMemory:
         """Whether activations can be counted on this device."""
         return getattr(self._module, "max_memory_allocated", None) is not None
 
-    def _statistic(self, name: str) -> int | None:
+    def _statistic(self, key: str, name: str) -> int | None:
+        # Where the statistics can be had as they are: the functions make a flat, sorted
+        # copy of all of them first, which takes a tenth of a millisecond in each pass.
+        nested = getattr(self._module, "memory_stats_as_nested_dict", None)
+        if nested is not None:
+            found = nested(self.device).get("allocated_bytes")
+            if found is not None:
+                return int(found["all"][key])
         function = getattr(self._module, name, None)
         return None if function is None else int(function(self.device))
 
