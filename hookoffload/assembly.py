@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .codec import Codec, choose_codec, is_castable
+from .gather import can_gather
 from .layer import Layer
 from .master import Master
 from .partition import Partition, SiteSketch, TensorGroup
+from .plan import LayerSpec
 from .policy import ResolvedPolicy
 from .safetensors_file import TensorLocation
+from .tiers import host_bytes_left, host_tier
 
 
 @dataclass(frozen=True)
@@ -72,30 +75,31 @@ def assemble(
         known: masters from an earlier assembly of the same model, which are kept.
     """
     masters: dict[int, Master] = {}
+    may_stay = policy.preparing is not None
 
-    def master_of(group: TensorGroup, *, always: bool = False) -> Master:
-        key = id(group.members[0].tensor)
-        master = known.get(key)
-        if master is None or not master.is_of(group):
-            master = make_master(group, policy, locations, always=always)
-        masters[key] = master
+    def master_of(
+        group: TensorGroup, *, always: bool = False, on_disk: bool = False
+    ) -> Master:
+        master = _known(group, known) or make_master(
+            group, policy, locations, always=always, on_disk=on_disk
+        )
+        masters[id(group.members[0].tensor)] = master
         return master
 
+    in_ram = _host_tier(found, policy, locations, known)
     layers = []
     for index, sketch in enumerate(found.layers):
-        layer = Layer(index, sketch.name, [master_of(g) for g in sketch.groups])
-        layer.measure(
-            policy.compute_device,
-            on_disk=policy.onload.on_disk,
-            may_stay=policy.preparing is not None,
-        )
+        on_disk = index not in in_ram
+        taken = [master_of(group, on_disk=on_disk) for group in sketch.groups]
+        layer = Layer(index, sketch.name, taken)
+        layer.measure(policy.compute_device, may_stay=may_stay)
         layer.held = index in found.held
         layers.append(layer)
     fixtures = [master_of(group, always=True) for group in found.always]
     always = Layer(-1, "buffers", [m for m in fixtures if not m.codec.casts_streamed])
-    always.measure(policy.compute_device, on_disk=False, may_stay=True)
+    always.measure(policy.compute_device, may_stay=True)
     cast = Layer(-2, "cast buffers", [m for m in fixtures if m.codec.casts_streamed])
-    cast.measure(policy.compute_device, on_disk=False, may_stay=True)
+    cast.measure(policy.compute_device, may_stay=True)
     moves = any(not layer.in_place for layer in layers)
     return Assembly(
         layers=layers,
@@ -117,29 +121,100 @@ def assemble(
     )
 
 
+def _known(group: TensorGroup, known: dict[int, Master]) -> Master | None:
+    master = known.get(id(group.members[0].tensor))
+    return master if master is not None and master.is_of(group) else None
+
+
+def _host_tier(
+    found: Partition,
+    policy: ResolvedPolicy,
+    locations: dict[str, TensorLocation],
+    known: dict[int, Master],
+) -> frozenset[int]:
+    """Choose the layers whose masters wait in host RAM, by index.
+
+    Masters from an earlier assembly stay where they are, and count first.
+    """
+    everything = frozenset(range(len(found.layers)))
+    if policy.host_limit_bytes is None:
+        return frozenset() if policy.onload.on_disk else everything
+    waiting_before = 0
+    specs = []
+    for index, sketch in enumerate(found.layers):
+        tiers: dict[bool, list[Master]] = {False: [], True: []}
+        for group in sketch.groups:
+            before = _known(group, known)
+            if before is not None:
+                waiting_before += 0 if before.on_disk else before.nbytes
+                tiers[True].append(before)
+                continue
+            for on_disk, masters in tiers.items():
+                made = make_master(
+                    group, policy, locations, always=False, on_disk=on_disk
+                )
+                masters.append(made)
+        layer = Layer(index, sketch.name, tiers[True])
+        layer.measure(policy.compute_device, may_stay=True)
+        spec = LayerSpec(
+            name=sketch.name,
+            stream_bytes=layer.stream_bytes,
+            copy_bytes=layer.copy_bytes,
+            resident_bytes=layer.resident_bytes,
+            held=index in found.held,
+            host_bytes=sum(master.nbytes for master in tiers[False]),
+        )
+        specs.append(spec)
+    room = host_bytes_left(
+        specs, policy.host_limit_bytes - waiting_before, policy.compute_device.type
+    )
+    looked_up = _looked_up(found)
+    order = [index for index in range(len(specs)) if index not in looked_up]
+    return host_tier(specs, order, room)
+
+
+def _looked_up(found: Partition) -> set[int]:
+    """List the layers that only embeddings need, which look rows up in the master."""
+    moved = {
+        index
+        for site in found.sites
+        if not can_gather(site.module)
+        for index in site.layers
+    }
+    return {index for site in found.sites for index in site.layers} - moved
+
+
 def make_master(
     group: TensorGroup,
     policy: ResolvedPolicy,
     locations: dict[str, TensorLocation],
     *,
     always: bool,
+    on_disk: bool,
 ) -> Master:
     """Make the master of a tensor group: its dtypes, and its file if it has one.
 
     What is always on the device rests uncast, and lies there as it computes.
+
+    Args:
+        group: the tensors.
+        policy: where masters rest and in which dtypes.
+        locations: where the bytes of tensors lie that were never in memory, by name.
+        always: it is on the compute device whatever happens.
+        on_disk: it waits in a file.
     """
     names = [n for m in group.members for n in (m.name, *m.aliases)]
     location = next((locations[name] for name in names if name in locations), None)
     first = group.members[0].tensor
     one_dtype = len({m.tensor.dtype for m in group.members}) == 1
     if not one_dtype or not all(is_castable(m.tensor) for m in group.members):
-        return Master(group, Codec(first.dtype, first.dtype, first.dtype), location)
+        codec = Codec(first.dtype, first.dtype, first.dtype)
+        return Master(group, codec, location, on_disk=on_disk)
     storage = None
     if not always:
-        waits = policy.offload if policy.onload.on_disk else policy.onload
         # A user's file keeps its dtype: the cast happens on the compute device.
-        from_file = location is not None and policy.onload.on_disk
-        storage = None if from_file else waits.dtype
+        from_file = location is not None and on_disk
+        storage = None if from_file else policy.waits(on_disk=on_disk).dtype
     kept = policy.preparing.dtype if policy.preparing is not None else None
     codec = choose_codec(
         first,
@@ -147,4 +222,4 @@ def make_master(
         resident_dtype=policy.compute_dtype if always else kept,
         compute_dtype=policy.compute_dtype,
     )
-    return Master(group, codec, location)
+    return Master(group, codec, location, on_disk=on_disk)

@@ -20,6 +20,7 @@ from .opened_file import read_extents
 from .plan import LayerSpec, Plan
 from .planner import make_plan
 from .safetensors_header import ITEMSIZES, TensorExtent
+from .tiers import host_bytes_left, host_tier
 
 # Tensors that belong to the root itself have no module's name.
 _ROOT = "(root)"
@@ -33,7 +34,7 @@ class HeldAs(NamedTuple):
     compute: str
 
 
-def held_as_it_is(code: str) -> HeldAs:
+def held_as_it_is(code: str, on_disk: bool) -> HeldAs:
     """Casts nothing."""
     return HeldAs(code, code, code)
 
@@ -45,19 +46,23 @@ class Tiers:
     Attributes:
         device: The compute device by name.
         on_disk: Whether layers rest in their files; else in host RAM.
+        host_limit_bytes: The most host RAM for layers, where the others rest in their
+            files; None: all rest as `on_disk` says.
         may_stay: Whether a layer may be resident.
-        held_as: The dtypes of a tensor whose file has the given one.
+        held_as: The dtypes of a tensor whose file has the given one, where it rests on
+            disk or not.
     """
 
     device: str
     on_disk: bool
+    host_limit_bytes: int | None = None
     may_stay: bool = True
-    held_as: Callable[[str], HeldAs] = held_as_it_is
+    held_as: Callable[[str, bool], HeldAs] = held_as_it_is
 
     @property
-    def readable(self) -> bool:
-        """Whether forwards can read a tensor where it rests."""
-        return self.device.partition(":")[0] == "cpu" and not self.on_disk
+    def kind(self) -> str:
+        """The kind of the compute device."""
+        return self.device.partition(":")[0]
 
 
 def plan_of_headers(
@@ -87,14 +92,30 @@ def plan_of_headers(
     held = {index for chain in chains for index in chain[:-1]}
     # Of thousands of layers most are of a few kinds.
     sized = cache(partial(_sized, tiers))
-    specs = [
-        LayerSpec(
-            name=name or _ROOT,
-            held=index in held,
-            **sized(tuple((tensor.code, tensor.nbytes) for tensor in modules[name])),
+
+    def specs_of(on_disk: Callable[[int], bool]) -> list[LayerSpec]:
+        return [
+            LayerSpec(
+                name=name or _ROOT,
+                held=index in held,
+                **sized(
+                    tuple((tensor.code, tensor.nbytes) for tensor in modules[name]),
+                    on_disk(index),
+                ),
+            )
+            for index, name in enumerate(names)
+        ]
+
+    if tiers.host_limit_bytes is None:
+        specs = specs_of(lambda _: tiers.on_disk)
+    else:
+        in_ram = _host_tier(
+            specs_of(lambda _: True),
+            specs_of(lambda _: False),
+            tiers.host_limit_bytes,
+            tiers.kind,
         )
-        for index, name in enumerate(names)
-    ]
+        specs = specs_of(lambda index: index not in in_ram)
     plan = make_plan(
         specs,
         order=[i for i, spec in enumerate(specs) if not spec.in_place],
@@ -103,6 +124,18 @@ def plan_of_headers(
         activation_bytes=activation_bytes,
     )
     return replace(plan, device=tiers.device, rates=rates)
+
+
+def _host_tier(
+    on_disk: list[LayerSpec], in_ram: list[LayerSpec], host_limit: int, kind: str
+) -> frozenset[int]:
+    """Chooses the layers that wait in host RAM, as attach would."""
+    specs = [
+        replace(spec, host_bytes=other.host_bytes)
+        for spec, other in zip(on_disk, in_ram, strict=True)
+    ]
+    room = host_bytes_left(specs, host_limit, kind)
+    return host_tier(specs, range(len(specs)), room)
 
 
 def dtype_label(dtypes: Iterable[tuple[str, str]]) -> str:
@@ -142,34 +175,39 @@ def _chains(names: list[str]) -> list[tuple[int, ...]]:
     return chains
 
 
-def _sized(tiers: Tiers, tensors: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+def _sized(
+    tiers: Tiers, tensors: tuple[tuple[str, int], ...], on_disk: bool
+) -> dict[str, Any]:
     """Sizes a layer as `Layer.measure` does, from dtypes and bytes alone.
 
     Args:
         tiers: Where it rests and computes.
         tensors: The code and the bytes of each.
+        on_disk: Whether it waits in its file.
 
     Returns:
         The fields of a `LayerSpec` that follow from them.
     """
     may_stay = tiers.may_stay
-    region = copied = cast = resident = resident_cast = 0
+    region = copied = cast = resident = resident_cast = waiting = 0
+    readable = tiers.kind == "cpu" and not on_disk
     as_it_is = True
     dtypes = []
     for code, nbytes in tensors:
-        held_as = tiers.held_as(code)
+        held_as = tiers.held_as(code, on_disk)
         dtypes.append((held_as.rest, held_as.compute))
         casts = held_as.rest != held_as.compute
-        if not nbytes or (tiers.readable and not casts):
-            continue
         count = nbytes // ITEMSIZES[code]
         rest = count * ITEMSIZES[held_as.rest]
+        waiting += 0 if on_disk else rest
+        if not nbytes or (readable and not casts):
+            continue
         copied += rest
-        if not tiers.readable:
+        if not readable:
             region += align(rest)
         elif held_as.resident == held_as.rest:
             may_stay = False
-        as_it_is &= not tiers.readable and held_as.resident == held_as.rest
+        as_it_is &= not readable and held_as.resident == held_as.rest
         if casts:
             cast += align(count * ITEMSIZES[held_as.compute])
         if held_as.resident != held_as.compute:
@@ -183,6 +221,7 @@ def _sized(tiers: Tiers, tensors: tuple[tuple[str, int], ...]) -> dict[str, Any]
         "resident_cast_bytes": resident_cast,
         "transit_bytes": 0 if as_it_is else region,
         "can_stay": may_stay and copied > 0,
-        "disk_bytes": copied if tiers.on_disk else 0,
+        "disk_bytes": copied if on_disk else 0,
+        "host_bytes": waiting,
         "dtype": dtype_label(dtypes),
     }

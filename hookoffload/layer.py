@@ -96,6 +96,7 @@ class Layer:
         "copied_revision",
         "copy",
         "copy_bytes",
+        "disk_bytes",
         "held",
         "home",
         "index",
@@ -125,6 +126,7 @@ class Layer:
         self._device = torch.device("cpu")
         self.stream_bytes = 0
         self.copy_bytes = 0
+        self.disk_bytes = 0  # those of them that come from files
         self.cast_bytes = 0
         self.resident_bytes = 0
         self.resident_cast_bytes = 0
@@ -158,27 +160,27 @@ class Layer:
         """Whether the compute device reads every byte where it rests, uncast."""
         return not self.pieces
 
-    def measure(self, device: torch.device, *, on_disk: bool, may_stay: bool) -> None:
+    def measure(self, device: torch.device, *, may_stay: bool) -> None:
         """Compute what the layer needs on ``device``.
 
         Args:
             device: the compute device.
-            on_disk: the masters wait in files, not in host RAM.
             may_stay: the policy has a preparing placement.
         """
         self.pieces = []
         self._device = device
         region = scratch = resident_scratch = 0
-        self.copy_bytes = self.resident_bytes = 0
+        self.copy_bytes = self.resident_bytes = self.disk_bytes = 0
         self.can_stay = may_stay
-        readable = device.type == "cpu" and not on_disk
         for master in self.masters:
             codec = master.codec
+            readable = device.type == "cpu" and not master.on_disk
             if readable and not codec.casts_streamed:
                 continue
             piece = Piece(master)
             self.pieces.append(piece)
             self.copy_bytes += master.nbytes
+            self.disk_bytes += master.nbytes if master.on_disk else 0
             if not readable:
                 piece.region_offset = region
                 region += align(master.nbytes)
@@ -196,6 +198,11 @@ class Layer:
         self.stream_bytes = region
         self.cast_bytes = scratch
         self.resident_cast_bytes = resident_scratch
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of it that wait in host RAM."""
+        return sum(master.nbytes for master in self.masters if not master.on_disk)
 
     @property
     def readable_at_rest(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from .progress import progress_shown
 from .readers import Read, empty_in_ram, read_tensors
 from .safetensors_file import CheckpointFile, TensorLocation
 from .safetensors_header import CheckpointError
+from .state_hooks import session_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -43,7 +44,8 @@ def load_model(
 
     With weights offloaded to disk (``store="disk"``) the files stay where the weights
     are, and a layer's bytes are read when the layer needs them. Otherwise they are
-    read once, by several threads, into the host RAM where they stay. Tensors keep the
+    read once, by several threads, into the host RAM where they stay; with
+    ``host_limit_gb`` that is so for as many layers as fit it. Tensors keep the
     dtype that the files have; where the policy's ``storage_dtype`` is another one, they
     are cast as they are read into RAM.
 
@@ -115,9 +117,10 @@ def load_model(
         stay = _assign(slots, locations, apart=on_disk)
         _close_later(opened, stay)
         _attach(model, policy, stay)
-        if on_disk:
+        session = session_of(model)
+        if on_disk and session is not None:
             opened.pop_all()
-            _close_unused(locations, stay)
+            _close_unused([*locations.values(), *stay.values()], session.store.files)
         # In RAM they have no place in a file any more, nor have those that the user
         # registers later under the same names.
         stay.clear()
@@ -129,9 +132,10 @@ def _close_later(opened: ExitStack, locations: Locations) -> None:
         opened.callback(file.close)
 
 
-def _close_unused(locations: Locations, stay: Locations) -> None:
-    used = {location.file for location in stay.values()}
-    for file in {location.file for location in locations.values()} - used:
+def _close_unused(
+    locations: Iterable[TensorLocation], used: frozenset[CheckpointFile]
+) -> None:
+    for file in {location.file for location in locations} - used:
         file.close()
 
 

@@ -91,12 +91,18 @@ class Master:
         "members",
         "mixed",
         "name",
+        "on_disk",
         "pinned",
         "revision",
     )
 
     def __init__(
-        self, group: TensorGroup, codec: Codec, location: TensorLocation | None = None
+        self,
+        group: TensorGroup,
+        codec: Codec,
+        location: TensorLocation | None = None,
+        *,
+        on_disk: bool = False,
     ) -> None:
         dtypes = {m.tensor.dtype for m in group.members}
         self.mixed = len(dtypes) > 1
@@ -113,6 +119,7 @@ class Master:
             is_castable(managed.tensor) for managed in group.members
         )
         self.location = location
+        self.on_disk = on_disk  # its tier: whether it waits in a file, or in host RAM
         self.dirty = False
         self.pinned = False  # page-locked, see pinning.py
         self.revision = 0  # counts changes of the bytes at rest
@@ -170,7 +177,8 @@ class Master:
         managed = ManagedTensor(member.name, member.tensor, is_buffer=False)
         dtype = member.tensor.dtype
         codec = Codec(dtype, dtype, dtype) if self.mixed else self.codec
-        alone = Master(TensorGroup([managed], low, high), codec)
+        group = TensorGroup([managed], low, high)
+        alone = Master(group, codec, on_disk=self.on_disk)
         alone.members[0].device = member.device
         alone.members[0].dtype = member.dtype
         return alone

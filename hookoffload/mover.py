@@ -29,6 +29,7 @@ class Counters:
 
     __slots__ = (
         "bytes_moved",
+        "bytes_read",
         "bytes_written_back",
         "forwards",
         "hits",
@@ -38,6 +39,7 @@ class Counters:
     def __init__(self) -> None:
         self.forwards = 0
         self.bytes_moved = 0
+        self.bytes_read = 0
         self.bytes_written_back = 0
         self.hits = 0
         self.misses = 0
@@ -195,6 +197,7 @@ class LayerMover:
             self._cancel(layer)
             raise
         self.counters.bytes_moved += copy.nbytes
+        self.counters.bytes_read += layer.disk_bytes
         if self.recorder is not None:
             self.recorder.copied(layer.name, copy.nbytes)
         if layer.resident is not None and layer.region is None:

@@ -273,7 +273,13 @@ class PassPlanner:
 
 def _spec(layer: Layer, *, used: bool) -> LayerSpec:
     if not used:
-        return LayerSpec(name=layer.name, stream_bytes=0, copy_bytes=0, can_stay=False)
+        return LayerSpec(
+            name=layer.name,
+            stream_bytes=0,
+            copy_bytes=0,
+            can_stay=False,
+            host_bytes=layer.host_bytes,
+        )
     return LayerSpec(
         name=layer.name,
         stream_bytes=layer.stream_bytes,
@@ -284,4 +290,6 @@ def _spec(layer: Layer, *, used: bool) -> LayerSpec:
         transit_bytes=0 if layer.copies_into_residence else layer.stream_bytes,
         held=layer.held,
         can_stay=layer.can_stay,
+        disk_bytes=layer.disk_bytes,
+        host_bytes=layer.host_bytes,
     )

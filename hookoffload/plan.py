@@ -26,6 +26,7 @@ class LayerSpec:
             window's stack and not in its first-in-first-out part.
         can_stay: Whether it may be resident at all.
         disk_bytes: Bytes that are read from disk each time it is brought in.
+        host_bytes: Bytes of it that wait in host RAM.
         dtype: What its tensors are, for readers: "BF16", or "F8_E4M3>BF16" for one
             that is cast. Empty where it does not matter.
     """
@@ -40,6 +41,7 @@ class LayerSpec:
     held: bool = False
     can_stay: bool = True
     disk_bytes: int = 0
+    host_bytes: int = 0
     dtype: str = ""
 
     @property
@@ -122,6 +124,21 @@ class Plan:
         """Bytes that one pass reads from disk."""
         return sum(layer.disk_bytes for layer in self._brought_in())
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of weights that wait in host RAM."""
+        return sum(layer.host_bytes for layer in self.layers)
+
+    @property
+    def from_disk(self) -> tuple[int, ...]:
+        """The layers that are read from disk each time, by index."""
+        return tuple(i for i in self.streamed if self.layers[i].disk_bytes)
+
+    @property
+    def divided(self) -> bool:
+        """Whether layers wait in host RAM and on disk."""
+        return self.host_bytes > 0 and any(layer.disk_bytes for layer in self.layers)
+
     def _brought_in(self) -> list[LayerSpec]:
         return [self.layers[i] for i in self.order if i not in self.resident]
 
@@ -174,5 +191,7 @@ class Plan:
         resident, layers = len(self.resident), len(self.layers)
         moving = [i for i in self.streamed if not self.layers[i].in_place]
         words = f"{resident} of {layers} layers resident, {len(moving)} streamed"
+        if self.divided:
+            words += f" ({len(self.from_disk)} from disk)"
         rest = layers - resident - len(moving)
         return f"{words}, {rest} in place" if rest else words

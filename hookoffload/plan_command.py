@@ -50,6 +50,15 @@ def add_plan(commands: Commands) -> None:
         help="limit in GiB; 0: as little as possible (default: none)",
     )
     plan.add_argument(
+        "--host-limit-gb",
+        type=not_negative,
+        metavar="N",
+        help=(
+            "host RAM in GiB for layers that wait, the others wait on disk "
+            "(default: as --store says)"
+        ),
+    )
+    plan.add_argument(
         "--device",
         type=_device,
         default="cuda",
@@ -93,12 +102,22 @@ def _run_uncollected(options: argparse.Namespace) -> int:
 
 
 def _run_plan(options: argparse.Namespace) -> int:
+    host_limit = checked_limit("host_limit_gb", options.host_limit_gb)
+    if host_limit is not None and options.store == "cpu":
+        raise ValueError(
+            f"--host-limit-gb {host_limit:g} keeps in files what is beyond it, which "
+            "contradicts --store cpu: leave one of them out"
+        )
     store = options.store or usual_store(options.device)
     limit = checked_limit("limit_gb", options.limit_gb)
     measured = kept_rates(options.device, options.path)
     plan = plan_of_headers(
         options.path[0] if len(options.path) == 1 else options.path,
-        Tiers(device=options.device, on_disk=store == "disk"),
+        Tiers(
+            device=options.device,
+            on_disk=store == "disk",
+            host_limit_bytes=None if host_limit is None else to_bytes(host_limit),
+        ),
         limit_bytes=None if limit is None else to_bytes(limit),
         activation_bytes=int(options.activations_gb * GIB),
         rates=_rates_of(options, measured),
@@ -114,7 +133,9 @@ def _run_plan(options: argparse.Namespace) -> int:
         return 0
     width = terminal_width()
     whole = sum(layer.resident_bytes for layer in plan.layers)
-    place = "on disk" if store == "disk" else "in RAM"
+    place = "in RAM and on disk" if plan.divided else "in RAM"
+    if plan.host_bytes == 0:
+        place = "on disk"
     say(
         f"{' '.join(map(str, options.path))}: {format_gib(whole)} {place}, to compute "
         f"on {plan.device}",

@@ -31,6 +31,7 @@ class LayerGroup(NamedTuple):
         dtype: As in `LayerSpec`.
         resident: How many of them stay.
         in_place: Whether they are read where they rest.
+        from_disk: How many of those that are brought in come from disk.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerGroup(NamedTuple):
     dtype: str
     resident: int
     in_place: bool
+    from_disk: int
 
     @property
     def streamed(self) -> int:
@@ -53,8 +55,18 @@ def groups_of(plan: Plan) -> list[LayerGroup]:
         first = plan.layers[members[0]]
         resident = sum(index in plan.resident for index in members)
         nbytes = first.stream_bytes or first.copy_bytes
-        at_rest = first.in_place and not resident
-        group = LayerGroup(name, tuple(members), nbytes, first.dtype, resident, at_rest)
+        read = sum(
+            i not in plan.resident and plan.layers[i].disk_bytes > 0 for i in members
+        )
+        group = LayerGroup(
+            name=name,
+            members=tuple(members),
+            nbytes=nbytes,
+            dtype=first.dtype,
+            resident=resident,
+            in_place=first.in_place and not resident,
+            from_disk=read,
+        )
         groups.append(group)
     return groups
 
@@ -82,6 +94,9 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
         ("together", format_gib(plan.total_bytes + plan.activation_bytes), ""),
         ("copied per pass", format_gib(plan.pass_bytes), ""),
     ]
+    if plan.divided:
+        waiting = sum(layer.host_bytes > 0 for layer in plan.layers)
+        rows.append(("in host RAM", format_gib(plan.host_bytes), f"{waiting} layers"))
     if plan.disk_bytes:
         rows.append(("read from disk", format_gib(plan.disk_bytes), "per pass"))
     prediction = plan.predict()
@@ -90,7 +105,7 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
     lines = textwrap.wrap(f"Plan: {plan.summary}", width)
     for row in rows:
         lines += _summary_row(*row, width)
-    return "\n".join([*lines, *_table(groups_of(plan), width)])
+    return "\n".join([*lines, *_table(groups_of(plan), width, plan.divided)])
 
 
 def format_curve(
@@ -136,6 +151,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
             "layers": len(group.members),
             "resident": group.resident,
             "streamed": group.streamed,
+            "from_disk": group.from_disk,
             "bytes_each": group.nbytes,
             "dtype": group.dtype,
         }
@@ -156,6 +172,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "pass_bytes": plan.pass_bytes,
         "link_bytes": plan.link_bytes,
         "disk_bytes": plan.disk_bytes,
+        "host_bytes": plan.host_bytes,
         "predicted": predicted,
         "groups": groups,
     }
@@ -184,34 +201,39 @@ def _summary_row(label: str, figure: str, note: str, width: int) -> list[str]:
     return [line[:width], *wrapped]
 
 
-def _table(groups: list[LayerGroup], width: int) -> list[str]:
+def _table(groups: list[LayerGroup], width: int, divided: bool) -> list[str]:
     if not groups:
         return []
     sizes = ["in place" if g.in_place else short_size(g.nbytes) for g in groups]
     dtypes = max(len(group.dtype) for group in groups)
     dtypes = max(dtypes, len("dtype")) if dtypes else 0
-    figures = 2 + 2 + 10 + 2 * bool(dtypes) + dtypes + 2 + 8 + 2 + 8
+    figures = 2 + 2 + 10 + 2 * bool(dtypes) + dtypes + (3 if divided else 2) * (2 + 8)
     if width < max(_NARROW, figures + _SHORTEST_NAME):
-        return _narrow_table(groups, sizes, width)
+        return _narrow_table(groups, sizes, width, divided)
     longest = max(*(len(group.name) for group in groups), len("layers"))
     names = min(longest, width - figures)
 
-    def row(name: str, size: str, dtype: str, resident: str, streamed: str) -> str:
+    def row(name: str, size: str, dtype: str, *tiers: object) -> str:
         kind = f"  {dtype:<{dtypes}}" if dtypes else ""
-        cut = _cut(name, names)
-        return f"  {cut:<{names}}  {size:>10}{kind}  {resident:>8}  {streamed:>8}"
+        counts = "".join(f"  {tier:>8}" for tier in tiers)
+        return f"  {_cut(name, names):<{names}}  {size:>10}{kind}{counts}"
 
-    lines = [row("layers", "each", "dtype", "resident", "streamed")]
+    heads = ("resident", "streamed", "on disk") if divided else ("resident", "streamed")
+    lines = [row("layers", "each", "dtype", *heads)]
     for group, size in zip(groups, sizes, strict=True):
-        resident, streamed = str(group.resident), str(group.streamed)
-        lines.append(row(group.name, size, group.dtype, resident, streamed))
+        tiers = (group.resident, group.streamed, group.from_disk)
+        lines.append(row(group.name, size, group.dtype, *tiers[: len(heads)]))
     return lines
 
 
-def _narrow_table(groups: list[LayerGroup], sizes: list[str], width: int) -> list[str]:
+def _narrow_table(
+    groups: list[LayerGroup], sizes: list[str], width: int, divided: bool
+) -> list[str]:
     lines = []
     for group, size in zip(groups, sizes, strict=True):
         tiers = f"{group.resident} resident, {group.streamed} streamed"
+        if divided:
+            tiers += f", {group.from_disk} of them from disk"
         line = " ".join(part for part in (size, group.dtype) if part)
         lines.append("  " + _cut(group.name, max(width - 2, _SHORTEST_NAME)))
         lines += textwrap.wrap(

@@ -84,7 +84,7 @@ def make_plan(
         ([0, 4], True)
     """
     layers = tuple(layers)
-    priority, small_count = _priority(layers, order)
+    priority, small_count = priorities(layers, order)
     needs = _Needs(layers, chains, frozenset(priority))
     least = _Least.of(layers, needs.chains, always_bytes)
     if limit_bytes is not None and 0 < limit_bytes < least.total:
@@ -282,7 +282,7 @@ def _most_cast_bytes(layer: LayerSpec) -> int:
     return max(layer.cast_bytes, layer.resident_cast_bytes)
 
 
-def _priority(
+def priorities(
     layers: tuple[LayerSpec, ...], order: Sequence[int]
 ) -> tuple[list[int], int]:
     """Lists the layers that may stay, the most wanted first; counts the small ones."""

@@ -50,6 +50,8 @@ class ResolvedPolicy:
         disk_dir: The folder for files on disk; None is the system's temporary one.
         module_map: The user's map, empty if there is none.
         pin_limit_bytes: The most memory to page-lock; None: what this machine can.
+        host_limit_bytes: The most host RAM for weights, where the others wait on disk;
+            None: all wait where `onload` says.
         record: Whether to note what happens in a run.
     """
 
@@ -62,7 +64,41 @@ class ResolvedPolicy:
     disk_dir: Path | None
     module_map: ModuleMap
     pin_limit_bytes: int | None
+    host_limit_bytes: int | None
     record: bool
+
+    def rests(self, *, on_disk: bool) -> Placement:
+        """Returns where a master rests while its model is not needed.
+
+        Args:
+            on_disk: Whether it is one that waits on disk.
+        """
+        if self.host_limit_bytes is None:
+            return self.offload
+        # What waits in RAM leaves it only where `onload` says that it comes into it.
+        stays = not on_disk and self.onload.on_disk
+        return self.waits(on_disk=on_disk) if stays else self.offload
+
+    def waits(self, *, on_disk: bool) -> Placement:
+        """Returns where a master waits while its model is in use."""
+        if self.host_limit_bytes is None:
+            return self.onload
+        device: Place = "disk" if on_disk else CPU
+        return Placement(device=device, dtype=self.onload.dtype)
+
+    @property
+    def waits_where_it_rests(self) -> bool:
+        """Whether bringing the model near moves no master."""
+        return all(
+            _same_place(self.rests(on_disk=tier), self.waits(on_disk=tier))
+            for tier in (False, True)
+        )
+
+
+def _same_place(rests: Placement, waits: Placement) -> bool:
+    if rests.on_disk or waits.on_disk:
+        return rests.on_disk == waits.on_disk  # a file has one dtype
+    return rests.dtype == waits.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +134,10 @@ class OffloadPolicy:
         computation: Where and as what a layer computes.
         pin_limit_gb: The most host memory to page-lock, in GiB: what is locked is
             copied at the speed of the link. Default: what this machine can. 0: none.
+        host_limit_gb: The most host RAM, in GiB, for weights that wait for their
+            forwards and for what is read ahead of them. As many layers as fit wait in
+            RAM, spread evenly over the model; the others wait in their files, as with
+            `store="disk"`. Default: no such division. 0: all wait on disk.
         debug: Overwrite memory with NaN when a layer is released, so that code which
             keeps a streamed weight beyond its forward computes NaN. Slow.
         record: Note what happens in each pass, for `report(model)`. Costs little.
@@ -123,6 +163,7 @@ class OffloadPolicy:
     preparing: Placement | None = None
     computation: Placement | None = None
     pin_limit_gb: float | None = None
+    host_limit_gb: float | None = None
     debug: bool = False
     record: bool = False
 
@@ -136,6 +177,7 @@ class OffloadPolicy:
             ),
             "compute_device": checked_device("compute_device", self.compute_device),
             "pin_limit_gb": checked_limit("pin_limit_gb", self.pin_limit_gb),
+            "host_limit_gb": checked_limit("host_limit_gb", self.host_limit_gb),
         }
         if not isinstance(self.debug, bool):
             raise ValueError(f"debug={self.debug!r} must be True or False")
@@ -254,7 +296,7 @@ class OffloadPolicy:
             folder = Path(self.disk_dir).expanduser().absolute()
         if folder is not None and folder.exists() and not folder.is_dir():
             raise ValueError(f"disk_dir={str(folder)!r} is not a folder")
-        limit, pinned = self.limit_gb, self.pin_limit_gb
+        limit, pinned, host = self.limit_gb, self.pin_limit_gb, self.host_limit_gb
         return ResolvedPolicy(
             limit_bytes=_limit_bytes(limit, compute),
             compute_device=compute,
@@ -265,6 +307,7 @@ class OffloadPolicy:
             disk_dir=folder,
             module_map=ModuleMap(self.module_map),
             pin_limit_bytes=None if pinned is None else to_bytes(pinned),
+            host_limit_bytes=None if host is None else to_bytes(host),
             record=self.record,
         )
 
@@ -277,11 +320,15 @@ class OffloadPolicy:
         offload, onload = self._storage_devices()
         offload_dtype = self._said_dtype("storage_dtype", "offload")
         onload_dtype = self._said_dtype("storage_dtype", "onload") or offload_dtype
-        if onload == "disk":
+        divided = self.host_limit_gb is not None
+        if onload == "disk" or divided:
             if offload_dtype not in (None, onload_dtype):
+                why = (
+                    f"with host_limit_gb={self.host_limit_gb}, " if divided else "but "
+                )
                 raise ValueError(
                     f"offload.dtype={offload_dtype} and onload.dtype={onload_dtype} "
-                    "differ, but on disk a layer has one file; give the same dtype"
+                    f"differ, {why}on disk a layer has one file; give the same dtype"
                 )
             offload_dtype = onload_dtype
         offload = self._settled("offload", offload, compute)
@@ -307,6 +354,11 @@ class OffloadPolicy:
                 )
             said.append(device or store)
         offload, onload = said
+        if self.host_limit_gb is not None:
+            self._check_host_limit(offload, onload)
+            if onload is None:
+                onload = CPU if offload == "disk" else "disk"
+            offload = "disk"
         if offload is None:
             offload = "disk" if onload == "disk" else CPU
         if onload is None:
@@ -324,6 +376,26 @@ class OffloadPolicy:
                 'store="disk", or leave disk_dir out'
             )
         return offload, onload
+
+    def _check_host_limit(self, offload: Place | None, onload: Place | None) -> None:
+        """Raises if a placement leaves no layer to wait on disk, or none in RAM."""
+        what = f"host_limit_gb={self.host_limit_gb:g} keeps in files what is beyond it"
+        if self.store == "cpu":
+            raise ValueError(
+                f"{what}, which contradicts store='cpu'; leave store out, or leave "
+                "host_limit_gb out to have all of the model in RAM"
+            )
+        if offload not in (None, "disk"):
+            raise ValueError(
+                f"{what}, which contradicts offload.device={str(offload)!r}; offload "
+                "to 'disk', or leave host_limit_gb out"
+            )
+        if onload not in (None, "disk", CPU):
+            raise ValueError(
+                f"{what} and the rest in host RAM, which contradicts "
+                f"onload.device={str(onload)!r}; onload to 'cpu' or 'disk', or leave "
+                "host_limit_gb out"
+            )
 
     def _settled(
         self, state: str, device: Place | None, compute: torch.device | None

@@ -84,6 +84,7 @@ def plan_of_checkpoint(
     tiers = Tiers(
         device=str(resolved.compute_device),
         on_disk=on_disk,
+        host_limit_bytes=resolved.host_limit_bytes,
         may_stay=resolved.preparing is not None,
         held_as=partial(_held_as, resolved),
     )
@@ -91,11 +92,11 @@ def plan_of_checkpoint(
     return plan_of_headers(checkpoint, tiers, limit_bytes=limit, rates=rates)
 
 
-def _held_as(policy: ResolvedPolicy, code: str) -> HeldAs:
+def _held_as(policy: ResolvedPolicy, code: str, on_disk: bool) -> HeldAs:
     kept = policy.preparing
     codec = choose_codec(
         torch.empty(0, dtype=dtype_of(code, "the checkpoint")),
-        storage_dtype=None if policy.onload.on_disk else policy.onload.dtype,
+        storage_dtype=None if on_disk else policy.onload.dtype,
         resident_dtype=None if kept is None else kept.dtype,
         compute_dtype=policy.compute_dtype,
     )
@@ -106,11 +107,9 @@ def _described(
     plan: Plan, layers: Sequence[Layer], policy: ResolvedPolicy, rates: Rates | None
 ) -> Plan:
     """Adds to a plan what only its readers need."""
-    on_disk = policy.onload.on_disk
     specs = tuple(
         replace(
             spec,
-            disk_bytes=spec.copy_bytes if on_disk else 0,
             dtype=dtype_label(
                 (_short(master.codec.rest), _short(master.codec.compute))
                 for master in layer.masters

@@ -45,6 +45,9 @@ from .store import Store
 logger = logging.getLogger(__name__)
 
 
+# Whether a master waits on disk. Those that do first: what is written frees RAM.
+_TIERS = (True, False)
+
 # Looking rows up in the master pays when the table is larger than a few copies.
 _GATHER_BYTES = 2**20
 
@@ -195,7 +198,8 @@ class Session(NotCopied):
     def _begin(self, policy: ResolvedPolicy) -> None:
         try:
             self._adopt_buffers(self.always.masters)
-            self.store.adopt(self.store.masters, policy.offload)
+            for tier in _TIERS:
+                self.store.adopt(self._tier(tier), policy.rests(on_disk=tier))
             if self._waits_where_it_rests:
                 self._page_lock.lock(self.store.masters)
             self.root.register()
@@ -390,7 +394,7 @@ class Session(NotCopied):
         self.rebuild()
         self.passes.probe_next()  # new modules may read weights sideways
         self._page_lock.unlock(self.store.masters)
-        self.store.replace_masters(self._moved_masters, self.policy.offload)
+        self.store.replace_masters(self._moved_masters, self.policy.rests)
         if not self._waits_where_it_rests:
             self.onloaded = False
         self._page_lock.lock(self.store.masters)
@@ -454,7 +458,9 @@ class Session(NotCopied):
             self.store.note_private_writes()
             if not self._waits_where_it_rests:
                 self._masters_wait = True  # first: an interrupt leaves some of them so
-                self.store.onload(self.policy.onload)
+                for tier in _TIERS:
+                    waits = self.policy.waits(on_disk=tier)
+                    self.store.onload(self._tier(tier), waits)
                 self._page_lock.lock(self.store.masters)
             self.always.onload()
             self.adapters.onload()
@@ -463,9 +469,11 @@ class Session(NotCopied):
     @property
     def _waits_where_it_rests(self) -> bool:
         """Whether onload moves no master: only the device's memory changes."""
-        offload, onload = self.policy.offload, self.policy.onload
-        same_place = offload.on_disk == onload.on_disk
-        return same_place and (onload.on_disk or offload.dtype == onload.dtype)
+        return self.policy.waits_where_it_rests
+
+    def _tier(self, on_disk: bool) -> list[Master]:
+        """List the masters that wait on disk, or those that wait in host RAM."""
+        return [master for master in self.store.masters if master.on_disk == on_disk]
 
     def offload(self) -> None:
         """Bring the model to its offload placement; no memory of the device is kept."""
@@ -476,7 +484,9 @@ class Session(NotCopied):
             self.adapters.release()
             if self._masters_wait:
                 self._page_lock.unlock(self.store.masters)
-                self.store.offload(self.policy.offload)
+                for tier in _TIERS:
+                    rests = self.policy.rests(on_disk=tier)
+                    self.store.offload(self._tier(tier), rests)
                 self._masters_wait = False
         self.hooks.hang_all()
 
@@ -566,6 +576,10 @@ class Session(NotCopied):
             hits=counters.hits,
             misses=counters.misses,
             peak_by_kind=self.budget.peak_by_kind(),
+            host_bytes=self.store.host_bytes,
+            host_limit_bytes=self.policy.host_limit_bytes,
+            disk_bytes=self.store.disk_bytes,
+            bytes_read=counters.bytes_read,
         )
 
     def report(self) -> Report:

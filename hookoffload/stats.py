@@ -23,6 +23,11 @@ class OffloadStats:
         hits: Layers whose copy had begun before their forward did.
         misses: Layers whose copy began when their forward needed it.
         peak_by_kind: The library's own bytes at their peak, by kind.
+        host_bytes: Host RAM that waiting weights take now, with the buffers that files
+            are read into; the figure that is held against the host limit.
+        host_limit_bytes: The host limit; None: there is none.
+        disk_bytes: Weights that wait in files.
+        bytes_read: Bytes that forwards had read from files.
     """
 
     forwards: int
@@ -34,6 +39,10 @@ class OffloadStats:
     hits: int
     misses: int
     peak_by_kind: dict[str, int]
+    host_bytes: int = 0
+    host_limit_bytes: int | None = None
+    disk_bytes: int = 0
+    bytes_read: int = 0
 
     def __str__(self) -> str:
         limit = "none" if self.limit_bytes is None else format_gib(self.limit_bytes)
@@ -45,5 +54,16 @@ class OffloadStats:
             f"(limit {limit}; {kinds or 'nothing of the library'}), "
             f"{format_gib(self.bytes_moved)} copied, "
             f"{self.stall_seconds:.3f} s stalled, "
-            f"{self.hits} hits, {self.misses} misses"
+            f"{self.hits} hits, {self.misses} misses{self._tiers()}"
+        )
+
+    def _tiers(self) -> str:
+        """Names what waits where, if anything waits on disk."""
+        if not self.disk_bytes:
+            return ""
+        limit = self.host_limit_bytes
+        named = "" if limit is None else f" (limit {format_gib(limit)})"
+        return (
+            f"; {format_gib(self.host_bytes)} in host RAM{named}, "
+            f"{format_gib(self.disk_bytes)} on disk, {format_gib(self.bytes_read)} read"
         )

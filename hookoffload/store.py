@@ -6,7 +6,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm.auto import tqdm
@@ -23,6 +23,14 @@ from .spill_folder import SpillFolder
 
 logger = logging.getLogger(__name__)
 
+
+class Rests(Protocol):
+    """Where a master rests."""
+
+    def __call__(self, *, on_disk: bool) -> Placement:
+        """Return it for the masters that wait on disk, or for those in RAM."""
+
+
 _CPU = torch.device("cpu")
 
 
@@ -33,16 +41,24 @@ class Store:
         self.masters = list(masters)
         self._disk_dir = disk_dir
         self._folder: SpillFolder | None = None
+        self._written = 0  # files, for their names
         self._files = {m.location.file for m in masters if m.location is not None}
         self._mapped: dict[int, tuple[torch.Tensor, TensorLocation]] = {}
 
-    def replace_masters(self, masters: Sequence[Master], placement: Placement) -> None:
-        """Take over the masters of parameters that replaced others."""
+    def replace_masters(self, masters: Sequence[Master], rests: Rests) -> None:
+        """Take over the masters of parameters that replaced others.
+
+        Args:
+            masters: all that there are now.
+            rests: where one rests, by whether it waits on disk.
+        """
         kept = set(self.masters)
         self.masters = list(masters)
         current = {id(master) for master in kept.intersection(masters)}
         self._mapped = {k: v for k, v in self._mapped.items() if k in current}
-        self.adopt([m for m in masters if m not in kept], placement)
+        for on_disk in (True, False):
+            others = [m for m in masters if m not in kept and m.on_disk == on_disk]
+            self.adopt(others, rests(on_disk=on_disk))
 
     def adopt(self, masters: Sequence[Master], placement: Placement) -> None:
         """Bring masters to the placement where they rest while not needed.
@@ -113,7 +129,8 @@ class Store:
             for name, t in tensors.items()
         )
         with progress_bar("writing weights to disk", total) as bar:
-            path = folder / f"weights-{len(self._files)}.safetensors"
+            path = folder / f"weights-{self._written}.safetensors"
+            self._written += 1
             file = write_spill_file(
                 path, tensors, dtypes=dtypes, progress=lambda n: _advance(bar, n)
             )
@@ -138,26 +155,26 @@ class Store:
                 "disk_dir=, a folder that can be written, on a disk with room"
             ) from error
 
-    def onload(self, placement: Placement) -> None:
-        """Bring masters to the onload placement, from files if they rest there."""
+    def onload(self, masters: Sequence[Master], placement: Placement) -> None:
+        """Bring masters to where they wait, from files if they rest there."""
         if placement.on_disk:
             return
-        for master in self.masters:
+        for master in masters:
             master.reconcile()
-        waiting = [m for m in self.masters if m.location is not None]
+        waiting = [m for m in masters if m.location is not None]
         for master in waiting:
             assert master.location is not None, f"{master.name} is in RAM already"
             self._mapped[id(master)] = (master.flat, master.location)
         self._read(waiting, placement.dtype)
-        self._cast(self.masters, placement.dtype)
+        self._cast(masters, placement.dtype)
 
-    def offload(self, placement: Placement) -> None:
-        """Bring masters back to the offload placement.
+    def offload(self, masters: Sequence[Master], placement: Placement) -> None:
+        """Bring masters back to where they rest.
 
         A master that was written to in the meantime goes into its file when the file
         is the library's own, and stays in RAM when it is the user's.
         """
-        for master in self.masters:
+        for master in masters:
             master.reconcile(lenient=True)
             known = self._mapped.pop(id(master), None)
             if known is None:
@@ -175,6 +192,16 @@ class Store:
     def files(self) -> frozenset[CheckpointFile]:
         """The open files, the user's and the library's own."""
         return frozenset(self._files)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the masters in host RAM."""
+        return sum(master.nbytes for master in self.masters if master.in_ram)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the masters in files."""
+        return sum(master.nbytes for master in self.masters if not master.in_ram)
 
     def note_private_writes(self) -> None:
         """Notice writes to the private maps of the user's files that moved no version.

@@ -202,7 +202,7 @@ def test_groups_say_size_dtype_and_tiers() -> None:
     (group,) = groups_of(plan)
     kept = len(plan.resident)
     assert 0 < kept < 16
-    assert group[2:] == (64 * MIB, "BF16", kept, False)
+    assert group[2:6] == (64 * MIB, "BF16", kept, False)
     assert (len(group.members), group.streamed) == (16, 16 - kept)
     row = format_plan(plan).splitlines()[-1].split()
     name = "blocks.0-15.attn.to_q"
