@@ -20,14 +20,15 @@ stream alone; its tokens are the same ``done`` events, waited for by that stream
 
 The host runs ahead of the device: all of this is queued, nothing is waited for on
 the host, with one exception. Bytes that are not page-locked (from a file, or beyond
-what may be locked) pass through a ring of page-locked staging buffers that the worker
-thread alone owns; it reuses one after the event behind its copy. `wait` therefore
-first waits, on the host, until the worker has *queued* the copies. No deadlock
-follows: a copy waits only for events that are already recorded, and the work in front
-of those needed no later copy.
+what may be locked) pass through a ring of page-locked staging buffers (`Staging`) that
+the worker thread alone owns; one is reused after the event behind its copy. `wait`
+therefore first waits, on the host, until the worker has *queued* the copies. No
+deadlock follows: a copy waits only for events that are already recorded, and the work
+in front of those needed no later copy.
 
-On a CPU the worker thread is the copy stream, "queued" is "done", and releases are
-complete when the post hook runs, so that tokens are None.
+On a CPU the reader threads are the copy stream, "queued" is "done", and releases are
+complete when the post hook runs, so that tokens are None. The worker thread hands
+copies to them: Ctrl-C, which only the main thread knows, finds a copy given or not.
 """
 
 from __future__ import annotations
@@ -39,20 +40,22 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from .disk_reads import CHUNK_BYTES, Chunk, Part, chunks_of
 from .master import Master
 from .profiler_ranges import profiler_range
+from .reader_threads import ReaderThreads
+from .staging import Staging
 
 if TYPE_CHECKING:
     from .entries import CopyEntry
 
 logger = logging.getLogger(__name__)
 
-STAGING_BYTES = 16 * 2**20
-_STAGING_BUFFERS = 3
 POISON = 0xFF  # as a float of any width: NaN
 
 
@@ -99,6 +102,11 @@ class Copy:
         self.error: BaseException | None = None
         self.entry: CopyEntry | None = None  # only while a recorder notes copies
 
+    def finish(self) -> None:
+        """Tell who waits that a worker has done with it."""
+        assert self.queued is not None, "`put` made it"
+        self.queued.set()
+
 
 class CopyEngine(Protocol):
     """A copy is two verbs: `start` returns at once, `wait` makes it usable."""
@@ -108,6 +116,17 @@ class CopyEngine(Protocol):
 
     def wait(self, copy: Copy) -> None:
         """Let the work that is queued from now on see the copied bytes."""
+
+    def expect(self, coming: Sequence[tuple[Master, ...]], nbytes: int) -> None:
+        """Read ahead in this order, round and round.
+
+        Args:
+            coming: for each layer what is not page-locked of it.
+            nbytes: the most host RAM to take for it.
+        """
+
+    def staging_bytes(self) -> int:
+        """Host RAM that is taken for what is read ahead."""
 
     def done(self) -> object | None:
         """Return a token for "the forward that ends now has ended"."""
@@ -139,28 +158,41 @@ def _end_jobs(queues: list[_Jobs]) -> None:
         jobs.put(None)
 
 
+class _Performer(Protocol):
+    """What a worker does with copies."""
+
+    def perform(self, copy: Copy) -> None:
+        """Perform a copy, or see to it; sets ``queued`` when it is."""
+
+    def drained(self) -> None:
+        """Finish what is under way and forget what nobody has asked for."""
+
+    def close(self) -> None:
+        """End the threads, behind `drained`."""
+
+
 class _Worker:
     """A daemon thread that performs copies in order, without keeping its engine."""
 
-    def __init__(self, perform: Callable[[Copy], None]) -> None:
+    def __init__(self, performer: _Performer) -> None:
         self._jobs: list[_Jobs] = []  # the last one is the thread's
-        self._perform = perform
+        self._performer = performer
         self._thread: threading.Thread | None = None  # from the first copy on
         # A model that is dropped without detach ends its thread too.
         self._finalizer = weakref.finalize(self, _end_jobs, self._jobs)
 
     @staticmethod
-    def _run(jobs: _Jobs, perform: Callable[[Copy], None]) -> None:
+    def _run(jobs: _Jobs, performer: _Performer) -> None:
         while (job := jobs.get()) is not None:
             if isinstance(job, threading.Event):
+                performer.drained()
                 job.set()
                 continue
             try:
-                perform(job)
+                performer.perform(job)
             except BaseException as error:
                 job.error = error  # raised by `wait`, where somebody can act on it
-            assert job.queued is not None, "`put` made it"
-            job.queued.set()
+                job.finish()
             del job
 
     def put(self, copy: Copy) -> None:
@@ -176,7 +208,7 @@ class _Worker:
         self._jobs.append(jobs)
         thread = threading.Thread(
             target=self._run,
-            args=(jobs, self._perform),
+            args=(jobs, self._performer),
             name="hookoffload-copies",
             daemon=True,
         )
@@ -199,14 +231,15 @@ class _Worker:
         _end_jobs(self._jobs)  # not by the finalizer: it runs once, Ctrl-C or not
         if self._thread is not None and self._thread.is_alive():
             self._thread.join()
+        self._performer.close()
         self._finalizer.detach()
 
 
 class HostCopyEngine:
-    """Copies on a CPU compute device: one worker thread, real asynchrony."""
+    """Copies on a CPU compute device: reader threads, real asynchrony."""
 
     def __init__(self) -> None:
-        self._worker = _Worker(_read)
+        self._worker = _Worker(_HostReads(ReaderThreads()))
         self._stalled = 0.0
 
     def start(self, copy: Copy) -> None:
@@ -224,6 +257,13 @@ class HostCopyEngine:
                 copy.entry.stall(began, ended)
         if copy.error is not None:
             raise copy.error
+
+    def expect(self, coming: Sequence[tuple[Master, ...]], nbytes: int) -> None:
+        """Do nothing: files are read into the window, as far ahead as that goes."""
+
+    def staging_bytes(self) -> int:
+        """Host RAM that is taken for what is read ahead: none but the window."""
+        return 0
 
     def done(self) -> object | None:
         """Return None: a forward on the CPU has ended when its hook runs."""
@@ -252,22 +292,70 @@ class HostCopyEngine:
         self._worker.join()
 
 
-def _read(copy: Copy) -> None:
-    if copy.entry is not None:
-        copy.entry.begin()
-    for master, destination in copy.pieces:
-        _read_into(copy, master, destination)
-    if copy.entry is not None:
-        copy.entry.end()
+class _HostReads:
+    """What the worker does on a CPU: it has copies read into their regions."""
+
+    def __init__(self, readers: ReaderThreads) -> None:
+        self._readers = readers
+
+    def perform(self, copy: Copy) -> None:
+        chunks = chunks_of([master for master, _ in copy.pieces], CHUNK_BYTES)
+        left = _ChunksLeft(copy, len(chunks))
+        for chunk in chunks:
+            self._readers.submit(partial(left.read, chunk))
+
+    def drained(self) -> None:
+        self._readers.drain()
+
+    def close(self) -> None:
+        self._readers.join()
+
+
+class _ChunksLeft:
+    """A copy that several threads perform; whoever comes last ends it."""
+
+    __slots__ = ("_copy", "_count", "_lock", "_places")
+
+    def __init__(self, copy: Copy, count: int) -> None:
+        self._copy = copy
+        self._places = dict(copy.pieces)
+        self._count = count
+        self._lock = threading.Lock()
+        if copy.entry is not None:
+            copy.entry.begin()
+        if not count:
+            self._end()
+
+    def read(self, chunk: Chunk) -> None:
+        """Read one of its chunks."""
+        try:
+            _read_into(self._copy, chunk, self._place)
+        except BaseException as error:
+            self._copy.error = error
+        with self._lock:
+            self._count -= 1
+            last = not self._count
+        if last:
+            self._end()
+
+    def _place(self, part: Part) -> torch.Tensor:
+        destination = self._places[part.master]
+        return destination[part.start : part.start + part.nbytes]
+
+    def _end(self) -> None:
+        if self._copy.entry is not None:
+            self._copy.entry.end()
+        self._copy.finish()
 
 
 def _read_into(
-    copy: Copy, master: Master, destination: torch.Tensor, start: int = 0
+    copy: Copy, chunk: Chunk, place_of: Callable[[Part], torch.Tensor]
 ) -> None:
     began = time.perf_counter()
-    master.read_into(destination, start)
-    if copy.entry is not None and not master.in_ram:
-        copy.entry.read(began, destination.numel())
+    with torch.inference_mode(False):
+        chunk.read_into(place_of)
+    if copy.entry is not None and chunk.from_file:
+        copy.entry.read(began, time.perf_counter(), chunk.nbytes)
 
 
 class StreamCopyEngine:
@@ -277,7 +365,8 @@ class StreamCopyEngine:
         self._device = device
         self._stream = torch.Stream(device)
         self._index = self._stream.device_index  # looked up faster than a device
-        self._worker = _Worker(_StagedCopy(device, self._stream))
+        self._staging = Staging(ReaderThreads(), _page_locked)
+        self._worker = _Worker(_StagedCopies(device, self._stream, self._staging))
         self._stalled = 0.0
         # Pairs of events around the waits whose length is not known yet.
         self._waits: deque[tuple[torch.Event, torch.Event]] = deque()
@@ -314,6 +403,14 @@ class StreamCopyEngine:
             copy.entry.stall(before, after)
         while len(self._waits) > 1 and self._waits[0][1].query():
             self._add_stall()
+
+    def expect(self, coming: Sequence[tuple[Master, ...]], nbytes: int) -> None:
+        """Read ahead in this order, round and round."""
+        self._staging.expect(coming, nbytes)
+
+    def staging_bytes(self) -> int:
+        """Host RAM that is taken for what is read ahead."""
+        return self._staging.nbytes
 
     def done(self) -> object | None:
         """Return an event behind the work that the current stream has so far."""
@@ -398,15 +495,17 @@ def _queue_copies(stream: torch.Stream, copy: Copy) -> None:
     copy.ready = ready
 
 
-class _StagedCopy:
+class _StagedCopies:
     """What the worker does for an accelerator: master -> staging buffer -> region."""
 
-    def __init__(self, device: torch.device, stream: torch.Stream) -> None:
+    def __init__(
+        self, device: torch.device, stream: torch.Stream, staging: Staging
+    ) -> None:
         self._device = device
         self._stream = stream
-        self._buffers: deque[tuple[torch.Tensor, torch.Event | None]] = deque()
+        self._staging = staging
 
-    def __call__(self, copy: Copy) -> None:
+    def perform(self, copy: Copy) -> None:
         for token in copy.after:
             assert isinstance(token, torch.Event)
             token.wait(self._stream)
@@ -417,36 +516,49 @@ class _StagedCopy:
             _current(self._stream),
             profiler_range("copy", copy.name),
         ):
-            for master, destination in copy.pieces:
-                self._bring(copy, master, destination)
+            self._bring(copy)
         if copy.entry is not None:
             copy.entry.end(self._stream)
         ready = torch.Event(self._device)
         ready.record(self._stream)
         copy.ready = ready
+        copy.finish()
 
-    def _bring(self, copy: Copy, master: Master, destination: torch.Tensor) -> None:
-        total = destination.numel()
-        for start in range(0, total, STAGING_BYTES):
-            size = min(STAGING_BYTES, total - start)
-            buffer = self._next_buffer()
-            _read_into(copy, master, buffer[:size], start)
+    def _bring(self, copy: Copy) -> None:
+        staged: dict[Master, torch.Tensor] = {}
+        for master, destination in copy.pieces:
+            if not master.pinned:
+                staged[master] = destination
+            elif copy.entry is None:
+                destination.copy_(master.bytes, non_blocking=True)
+            else:
+                copy.entry.begin_move(self._stream)
+                destination.copy_(master.bytes, non_blocking=True)
+                copy.entry.end_move(self._stream, destination.numel())
+        for read in self._staging.take(tuple(staged)):
+            if copy.entry is not None and read.chunk.from_file:
+                copy.entry.read(read.began, read.ended, read.chunk.nbytes)
             if copy.entry is not None:
                 copy.entry.begin_move(self._stream)
-            destination[start : start + size].copy_(buffer[:size], non_blocking=True)
+            offsets = read.offsets()
+            for part in read.chunk.parts:
+                region = staged[part.master][part.start : part.start + part.nbytes]
+                region.copy_(read.place(part, offsets), non_blocking=True)
             if copy.entry is not None:
-                copy.entry.end_move(self._stream, size)
+                copy.entry.end_move(self._stream, read.chunk.nbytes)
             event = torch.Event(self._device)
             event.record(self._stream)
-            self._buffers.append((buffer, event))
+            self._staging.give_back(read, event)
 
-    def _next_buffer(self) -> torch.Tensor:
-        if len(self._buffers) < _STAGING_BUFFERS:
-            return torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
-        buffer, event = self._buffers.popleft()
-        if event is not None:
-            event.synchronize()
-        return buffer
+    def drained(self) -> None:
+        self._staging.reset()
+
+    def close(self) -> None:
+        self._staging.close()
+
+
+def _page_locked(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 def make_copy_engine(device: torch.device) -> CopyEngine:

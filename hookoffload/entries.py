@@ -155,9 +155,9 @@ class CopyEntry:
         assert self._move_began is not None, "a move begins before it ends"
         self.moves.append((self._move_began, self._clock.mark(stream), nbytes))
 
-    def read(self, began: float, nbytes: int) -> None:
-        """Note bytes that have been read from disk since ``began``."""
-        self.reads.append((began, time.perf_counter(), nbytes))
+    def read(self, began: float, ended: float, nbytes: int) -> None:
+        """Note bytes that were read from disk."""
+        self.reads.append((began, ended, nbytes))
 
     def stall(self, began: Mark, ended: Mark) -> None:
         """Note that compute waited for this copy."""

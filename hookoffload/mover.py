@@ -16,6 +16,7 @@ from .order import ExecutionOrder
 from .planner import Plan
 from .profiler_ranges import LayerRanges, profiler_range
 from .recorder import Recorder
+from .tiers import staging_bytes
 from .window import Window
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class LayerMover:
         self.window = Window(self.memory, self.engine, poison=poison)
         self.reached_bytes = 0  # taken when `apply` last ran out of memory
         self._under_way = 0  # bytes of residents whose copy nobody has waited for
+        self.host_limit_bytes: int | None = None
+        self._expected: tuple[int, ...] | None = None  # the order that is read ahead in
 
     # -- plan -----------------------------------------------------------------------
 
@@ -107,6 +110,7 @@ class LayerMover:
         self.engine.fence()
         self.order.unsettle()
         self.plan = plan
+        self._expected = None  # others stream than before
 
     def _residence(self, layer: Layer) -> list[Block]:
         blocks: list[Block] = []
@@ -318,6 +322,8 @@ class LayerMover:
     def prefetch(self) -> None:
         """Start copying the next layers of the order that now fit."""
         layers, order = self.layers, self.order
+        if order.sequence is not self._expected:
+            self._expect(order.sequence)
         settling = True
         for index in order.unsettled():
             layer = layers[index]
@@ -331,6 +337,23 @@ class LayerMover:
                 if not self._start(layer, now=False):
                     return
             settling = settling and order.settle(index)
+
+    def _expect(self, sequence: tuple[int, ...]) -> None:
+        """Tell the engine what streams from files, so that it reads ahead."""
+        coming = []
+        for index in sequence:
+            layer = self.layers[index]
+            waiting = tuple(
+                piece.master
+                for piece in layer.pieces
+                if piece.region_offset is not None and not piece.master.pinned
+            )
+            if waiting and layer.resident is None and layer.stream_bytes:
+                coming.append(waiting)
+        sizes = [sum(master.nbytes for master in masters) for masters in coming]
+        largest, total = max(sizes, default=0), sum(sizes)
+        self.engine.expect(coming, staging_bytes(largest, total, self.host_limit_bytes))
+        self._expected = sequence
 
     def _is_ahead(self, layer: Layer) -> bool:
         """Tell whether there is nothing to start for a layer before its forward."""
@@ -394,6 +417,8 @@ class LayerMover:
         bound at that moment counts as released.
         """
         self.plan = None  # first: what an interrupt leaves half done is done again
+        self._expected = None
+        self.engine.expect((), 0)
         self._ranges.forget()
         self.engine.drain()
         for layer in self.layers:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,6 +16,7 @@ from contextlib import suppress
 
 import torch
 
+from .reader_threads import reader_count
 from .safetensors_file import TensorLocation
 
 Read = tuple[TensorLocation, torch.Tensor]
@@ -26,8 +26,6 @@ _CHUNK = 8 * 2**20
 # What is cast is read again from the processor's cache; each thread has such a buffer.
 _CAST_CHUNK = 2**20
 _HUGE_PAGE = 2 * 2**20
-# One thread does not keep a disk busy; many more than cores only wait for memory.
-_FEWEST_THREADS, _MOST_THREADS = 4, 16
 
 
 def read_tensors(
@@ -51,8 +49,7 @@ def read_tensors(
         for task in tasks:
             progress(_run(task, buffers))
         return
-    cores = os.cpu_count() or 1
-    count = min(len(tasks), max(_FEWEST_THREADS, min(cores, _MOST_THREADS)))
+    count = min(len(tasks), reader_count())
     with ThreadPoolExecutor(count, thread_name_prefix="hookoffload-read") as pool:
         try:
             for done in as_completed([pool.submit(_run, t, buffers) for t in tasks]):

@@ -6,6 +6,7 @@ import mmap
 import os
 import platform
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,26 +120,53 @@ class CheckpointFile(OpenedFile):
                 f"tensor, not one on {destination.device} with strides "
                 f"{destination.stride()}. Pass torch.empty(..., device='cpu')."
             )
-        data, done = memory(destination), 0
-        while done < destination.nbytes:
+        data = memory(destination)
+        for done in range(0, destination.nbytes, _MOST_READ_AT_ONCE):
             part = data[done : done + _MOST_READ_AT_ONCE]
+            self.read_parts([(location, start + done, part)])
+
+    def read_parts(
+        self, parts: Sequence[tuple[TensorLocation, int, memoryview]]
+    ) -> None:
+        """Fills memory with parts of tensors that lie one behind the other.
+
+        They are one read, as far as the system gives them at once.
+
+        Args:
+            parts: For each the tensor, its first byte counted from the tensor's
+                beginning, and what to fill; it ends where the next one begins.
+
+        Raises:
+            CheckpointError: The file ends early or cannot be read.
+            RuntimeError: The file is closed.
+        """
+        first, start, _ = parts[0]
+        self._check_ours(first, 0, part=True)
+        position = first.offset + start
+        waiting = [memory for *_, memory in parts]
+        while waiting:
             try:
-                count = os.preadv(self._fd, [part], location.offset + start + done)
+                count = os.preadv(self._fd, waiting, position)
             except InterruptedError:
                 continue
             except OSError as error:
                 raise CheckpointError(
-                    f"{self._where(location)}: cannot be read: {error.strerror}. Check "
-                    "the disk, and fetch the file again if it is damaged."
+                    f"{self._where(_at(position, parts))}: cannot be read: "
+                    f"{error.strerror}. Check the disk, and fetch the file again if it "
+                    "is damaged."
                 ) from error
             if count == 0:
+                cut = _at(position, parts)
                 raise CheckpointError(
-                    f"{self._where(location)}: the file ends after {start + done} of "
-                    f"the tensor's {location.nbytes} bytes; it was cut short since "
-                    "it was opened. Put the original file back, or load the model "
-                    "again."
+                    f"{self._where(cut)}: the file ends after {position - cut.offset} "
+                    f"of the tensor's {cut.nbytes} bytes; it was cut short since it "
+                    "was opened. Put the original file back, or load the model again."
                 )
-            done += count
+            position += count
+            while waiting and count >= len(waiting[0]):
+                count -= len(waiting.pop(0))
+            if count:
+                waiting[0] = waiting[0][count:]
 
     def mapped(self, location: TensorLocation) -> torch.Tensor:
         """Returns a tensor that is a memory map of its bytes in the file.
@@ -233,3 +261,14 @@ class CheckpointFile(OpenedFile):
 
     def _where(self, location: TensorLocation) -> str:
         return f"{self.path}: tensor {location.name!r}"
+
+
+def _at(
+    position: int, parts: Sequence[tuple[TensorLocation, int, memoryview]]
+) -> TensorLocation:
+    """Finds the tensor that a byte of the file belongs to."""
+    return next(
+        location
+        for location, *_ in parts
+        if position < location.offset + location.nbytes
+    )

@@ -86,6 +86,7 @@ class Session(NotCopied):
         self.mover = LayerMover(policy.compute_device, self.budget, poison=poison)
         self.recorder = Recorder(self.mover.memory) if policy.record else None
         self.mover.recorder = self.recorder
+        self.mover.host_limit_bytes = policy.host_limit_bytes
         self.planner = PassPlanner(policy, self.budget, self.mover.memory)
         self.probe: Probe | None = None
         self.onloaded = False
@@ -576,7 +577,7 @@ class Session(NotCopied):
             hits=counters.hits,
             misses=counters.misses,
             peak_by_kind=self.budget.peak_by_kind(),
-            host_bytes=self.store.host_bytes,
+            host_bytes=self.store.host_bytes + self.mover.engine.staging_bytes(),
             host_limit_bytes=self.policy.host_limit_bytes,
             disk_bytes=self.store.disk_bytes,
             bytes_read=counters.bytes_read,

@@ -84,9 +84,10 @@ def staging_bytes(largest: int, total: int, host_limit: int | None) -> int:
     Args:
         largest: Bytes of the largest layer that is read.
         total: Bytes of all of them.
-        host_limit: The host limit; the ring takes at most half of one, if it can.
+        host_limit: The host limit; the ring takes at most half of one, if it can. At
+            0, as without one, nothing but the ring is there.
     """
     wanted = min(max(STAGING_LAYERS * largest, STAGING_USUAL), STAGING_MOST, total)
-    if host_limit is not None:
+    if host_limit:
         wanted = min(wanted, max(host_limit // 2, STAGING_LEAST))
     return wanted

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import hookoffload.copy_engine as copy_engine
+import hookoffload.staging as staging
 from hookoffload.copy_engine import Copy, HostCopyEngine, StreamCopyEngine
 from tests.simulated_device import CPU, Simulation, Stream
 
@@ -47,6 +48,9 @@ class _Source:
         self._log = log
         self.pinned = pinned
         self.in_ram = pinned
+        self.location = None
+        self.nbytes = size
+        self.revision = 0
         self.bytes = torch.zeros(size, dtype=torch.uint8)
         self.gate = threading.Event()
         self.gate.set()
@@ -187,7 +191,7 @@ def test_poison_comes_behind_the_last_user_and_before_the_next_copy(
 def test_a_staging_buffer_is_read_into_again_only_behind_its_copy(
     device: Simulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copy_engine, "STAGING_BYTES", 64)
+    monkeypatch.setattr(staging, "BUFFER_BYTES", 64)
     engine = StreamCopyEngine(CPU)
     engine.start(_copy(device, pinned=False, sizes=(64 * 5 + 3, 64 * 4)))
     engine.drain()
