@@ -33,6 +33,7 @@ copies to them: Ctrl-C, which only the main thread knows, finds a copy given or 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -180,6 +181,7 @@ class _Worker:
         self._thread: threading.Thread | None = None  # from the first copy on
         # A model that is dropped without detach ends its thread too.
         self._finalizer = weakref.finalize(self, _end_jobs, self._jobs)
+        _WORKERS.add(self)
 
     @staticmethod
     def _run(jobs: _Jobs, performer: _Performer) -> None:
@@ -233,6 +235,16 @@ class _Worker:
             self._thread.join()
         self._performer.close()
         self._finalizer.detach()
+
+
+# At the end of the program, threads that were stopped inside PyTorch would abort it.
+_WORKERS: weakref.WeakSet[_Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _join_workers() -> None:
+    for worker in list(_WORKERS):
+        worker.join()
 
 
 class HostCopyEngine:

@@ -48,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @st.composite
 def policies(draw: st.DrawFn) -> PolicySpec:
     rest, wait = draw(st.sampled_from(_PLACES))
+    host_kib = draw(st.sampled_from(_HOST_KIB)) if rest == "disk" else None
     rest_dtype = wait_dtype = compute_dtype = ""
     # Nothing moves from host RAM to a CPU unless it is cast.
     if wait == "cpu" or draw(st.booleans()):
@@ -56,11 +57,13 @@ def policies(draw: st.DrawFn) -> PolicySpec:
         offload=rest,
         onload=wait,
         offload_dtype=rest_dtype,
-        onload_dtype=wait_dtype if wait == "cpu" else "",
+        # Layers that wait in RAM and on disk have the same dtype.
+        onload_dtype=wait_dtype if wait == "cpu" and host_kib is None else "",
         compute_dtype=compute_dtype,
         short=draw(st.booleans()),
         residents=draw(st.sampled_from(_RESIDENTS)) if compute_dtype else "default",
         limit=draw(st.sampled_from(_LIMITS)),
+        host_kib=host_kib,
         module_map=draw(st.sampled_from(_MAPS)),
         debug=draw(st.booleans()),
     )
@@ -76,6 +79,7 @@ _DTYPES = [
 ]
 _RESIDENTS = ["default", "default", "none", "cast"]
 _LIMITS = [None, 0, "0", "0.02", "0.1", "0.3", "0.5", "1"]
+_HOST_KIB = [None, None, 0, 1, 2, 4, 16]
 _MAPS = [
     (),
     (),

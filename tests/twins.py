@@ -56,6 +56,7 @@ class PolicySpec(Printed):
             dtype).
         limit: None, 0, or a number from 0 (the least) to 1 (more than everything) as a
             string that `float` reads.
+        host_kib: The host limit in KiB; None is none.
         module_map: Pairs of a class's dotted name and a kind.
         debug: As the policy's.
     """
@@ -68,6 +69,7 @@ class PolicySpec(Printed):
     short: bool = False
     residents: str = "default"
     limit: str | int | None = None
+    host_kib: int | None = None
     module_map: tuple[tuple[str, str], ...] = ()
     debug: bool = False
 
@@ -81,11 +83,14 @@ class PolicySpec(Printed):
         }
         if self.offload == "disk":
             fields["disk_dir"] = folder
+        if self.host_kib is not None:
+            fields["host_limit_gb"] = self.host_kib / 2**20
         rest, wait = _dtype(self.offload_dtype), _dtype(self.onload_dtype)
         compute = _dtype(self.compute_dtype)
         if self.short and self.offload == self.onload and not self.onload_dtype:
             fields |= {
-                "store": self.offload,
+                # Where layers wait follows from a host limit.
+                "store": self.offload if self.host_kib is None else None,
                 "storage_dtype": rest,
                 "compute_dtype": compute,
             }
@@ -515,6 +520,10 @@ class Twin:
         if self._limit_bytes:
             peak = offload_stats(self.model).peak_bytes
             assert peak <= self._limit_bytes, f"{peak} > {self._limit_bytes}"
+        host_kib = self._policy.host_kib
+        if self._attached and host_kib is not None:
+            stats = offload_stats(self.model)
+            assert stats.host_bytes <= host_kib * 1024 == stats.host_limit_bytes
 
     def _check_kept(self) -> None:
         for tensor, before in self._kept:
