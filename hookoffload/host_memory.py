@@ -55,6 +55,12 @@ def default_cap() -> int:
     return cap if group is None else min(cap, int(group * _LOCKED_SHARE))
 
 
+def reclaimable_memory() -> int:
+    """Return the most that the page cache can come to take, in bytes."""
+    available, group = available_memory(), cgroup_limit()
+    return available if group is None else min(available, group)
+
+
 def cgroup_limit() -> int | None:
     """Return the memory that this process's control group may take, in bytes."""
     limits = []

@@ -6,11 +6,13 @@ import mmap
 import os
 import platform
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .direct_reads import DirectReader, direct_pays
 from .opened_file import OpenedFile
 from .safetensors_header import CheckpointError, TensorExtent
 from .tensor_bytes import memory, pieces, write_pieces
@@ -64,7 +66,7 @@ class CheckpointFile(OpenedFile):
         tensors: Where each tensor lies, by name.
     """
 
-    __slots__ = ("_lock", "_map", "tensors")
+    __slots__ = ("_close_direct", "_direct", "_lock", "_map", "tensors")
 
     def __init__(
         self, path: str | os.PathLike[str], *, writable_shared: bool = False
@@ -75,6 +77,9 @@ class CheckpointFile(OpenedFile):
             CheckpointError: The file cannot be opened or is not valid, or torch has
                 no such dtype.
         """
+        # First: `close` behind an error looks at them.
+        self._direct: DirectReader | None = None
+        self._close_direct: weakref.finalize[..., CheckpointFile] | None = None
         super().__init__(path, writable_shared=writable_shared)
         self._lock = threading.Lock()
         self._map: mmap.mmap | None = None
@@ -145,11 +150,18 @@ class CheckpointFile(OpenedFile):
         position = first.offset + start
         waiting = [memory for *_, memory in parts]
         while waiting:
+            direct = self._direct
             try:
-                count = os.preadv(self._fd, waiting, position)
+                if direct is not None:
+                    count = direct.read(waiting, position)
+                else:
+                    count = os.preadv(self._fd, waiting, position)
             except InterruptedError:
                 continue
             except OSError as error:
+                if direct is not None:
+                    self._direct = None  # the usual way says what is wrong, if it is
+                    continue
                 raise CheckpointError(
                     f"{self._where(_at(position, parts))}: cannot be read: "
                     f"{error.strerror}. Check the disk, and fetch the file again if it "
@@ -167,6 +179,25 @@ class CheckpointFile(OpenedFile):
                 count -= len(waiting.pop(0))
             if count:
                 waiting[0] = waiting[0][count:]
+
+    def read_past_cache(self) -> bool:
+        """Leaves the page cache alone from now on, if that pays.
+
+        Returns:
+            Whether it does.
+        """
+        if self._direct is None:
+            try:
+                direct = DirectReader(self.path, self._opened)
+            except OSError:
+                return False
+            self._close_direct = weakref.finalize(self, direct.close)
+            self._close_direct.atexit = False
+            if direct_pays(self._fd, direct, self.nbytes):
+                self._direct = direct
+            else:
+                self._close_direct()
+        return self._direct is not None
 
     def mapped(self, location: TensorLocation) -> torch.Tensor:
         """Returns a tensor that is a memory map of its bytes in the file.
@@ -222,6 +253,9 @@ class CheckpointFile(OpenedFile):
     def close(self) -> None:
         """Closes the descriptor; tensors from `mapped` stay valid."""
         super().close()
+        self._direct = None
+        if self._close_direct is not None:
+            self._close_direct()
         self._map = None
 
     def _mapping(self) -> mmap.mmap:

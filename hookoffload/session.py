@@ -201,6 +201,7 @@ class Session(NotCopied):
             self._adopt_buffers(self.always.masters)
             for tier in _TIERS:
                 self.store.adopt(self._tier(tier), policy.rests(on_disk=tier))
+            self.store.choose_reads()
             if self._waits_where_it_rests:
                 self._page_lock.lock(self.store.masters)
             self.root.register()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
+from .host_memory import reclaimable_memory
 from .master import Master
 from .placement import Placement
 from .private_pages import written_privately
@@ -218,6 +219,16 @@ class Store:
         for master, changed in zip(mapped, written, strict=True):
             if changed:
                 master.note_change()
+
+    def choose_reads(self) -> None:
+        """Read the user's files past the page cache where it cannot hold them."""
+        files = {m.location.file for m in self.masters if m.location is not None}
+        files = {file for file in files if not file.writable_shared}
+        if sum(file.nbytes for file in files) <= reclaimable_memory():
+            return
+        pays = [file.read_past_cache() for file in files]
+        if any(pays):
+            logger.info("files are read past the page cache, which cannot hold them")
 
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if a file changed since it was opened."""

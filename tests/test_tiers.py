@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -20,6 +21,8 @@ from torch import nn
 
 import hookoffload.copy_engine as copy_engine
 import hookoffload.mover as mover
+import hookoffload.safetensors_file as safetensors_file
+import hookoffload.store as store
 from hookoffload import (
     CheckpointError,
     OffloadPolicy,
@@ -37,8 +40,12 @@ from hookoffload import (
 )
 from hookoffload.cli import main
 from hookoffload.copy_engine import StreamCopyEngine
+from hookoffload.direct_reads import DirectReader, direct_pays
+from hookoffload.disk_reads import Part
 from hookoffload.plan import LayerSpec
 from hookoffload.planner import make_plan
+from hookoffload.reader_threads import ReaderThreads
+from hookoffload.staging import BUFFER_BYTES, StagedRead, Staging
 from hookoffload.tiers import host_tier, staging_bytes
 from tests.samples import same_bits
 from tests.simulated_device import CPU, Simulation
@@ -515,6 +522,50 @@ def test_each_layer_is_read_once_a_pass_and_ahead_of_the_window(
     detach(model)
 
 
+def test_the_end_of_a_pass_reads_the_beginning_of_the_next() -> None:
+    sources = [_Source(number) for number in range(6)]
+    layers: Any = [(source,) for source in sources]
+    readers = ReaderThreads()
+    ring = Staging(readers, lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    ring.expect(layers, 4 * BUFFER_BYTES)
+    for number in (0, 1, 2, 3, 4, 5, 0, 3, 4):  # the last pass leaves two out
+        for read in ring.take(layers[number]):
+            assert read.place(*_only_part(read)).tolist() == [number] * 8
+            ring.give_back(read, _Happened())
+    readers.drain()
+    # Behind layer 4 come 5, and 0 to 2 of the next pass: as many as there are buffers.
+    assert [source.reads for source in sources] == [3, 3, 3, 2, 2, 2]
+    assert ring.nbytes == 4 * BUFFER_BYTES
+    ring.expect((), 0)
+    ring.reset()
+    assert ring.nbytes == 0
+    ring.close()
+
+
+class _Source:
+    """Stands in for a master in RAM that is not page-locked."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.reads = number, 0
+        self.location, self.nbytes, self.revision = None, 8, 0
+        self.in_ram = True
+
+    def read_into(self, destination: torch.Tensor, start: int) -> None:
+        self.reads += 1
+        destination.fill_(self.number)
+
+
+class _Happened:
+    """A token for what has happened."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
+def _only_part(read: StagedRead) -> tuple[Part, dict[Part, int]]:
+    return read.chunk.parts[0], read.offsets()
+
+
 def test_an_edit_behind_what_was_read_ahead_is_computed_with(
     tmp_path: Path, staged: Simulation
 ) -> None:
@@ -566,3 +617,104 @@ def test_a_read_that_fails_ahead_is_raised_where_it_is_needed_and_tried_again(
     for _ in range(2):
         assert same_bits(run(model), WANTED)
     detach(model)
+
+
+# -- past the page cache --------------------------------------------------------------
+
+
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have a page cache that holds nothing; collects how much is read past it."""
+    monkeypatch.setattr(store, "reclaimable_memory", lambda: 0)
+    monkeypatch.setattr(safetensors_file, "direct_pays", lambda *_: True)
+    past: list[int] = []
+    read = DirectReader.read
+
+    def note(self: DirectReader, views: Any, position: int) -> int:
+        past.append(read(self, views, position))
+        return past[-1]
+
+    monkeypatch.setattr(DirectReader, "read", note)
+    return past
+
+
+def test_files_that_the_page_cache_cannot_hold_are_read_past_it(
+    tmp_path: Path, small_cache: list[int]
+) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    model = from_disk(tmp_path)
+    for _ in range(2):
+        assert same_bits(run(model), WANTED)
+    if not small_cache:
+        pytest.skip("the file system of the temporary folder has no direct reads")
+    assert sum(small_cache) >= 2 * MODEL
+    detach(model)
+    del model
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_files_that_fit_the_page_cache_are_read_through_it(
+    tmp_path: Path, small_cache: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "reclaimable_memory", lambda: GIB)
+    model = from_disk(tmp_path)
+    assert same_bits(run(model), WANTED)
+    assert not small_cache
+    detach(model)
+
+
+def test_reads_go_through_the_cache_where_the_system_refuses_others(
+    tmp_path: Path, small_cache: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: DirectReader, views: Any, position: int) -> int:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(DirectReader, "read", refuse)
+    model = from_disk(tmp_path)
+    for _ in range(2):
+        assert same_bits(run(model), WANTED)
+    detach(model)
+
+
+@given(data=st.data())
+def test_direct_reads_fill_what_plain_ones_fill(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("direct") / "file"
+    whole = os.urandom(data.draw(st.integers(1, 20_000)))
+    path.write_bytes(whole)
+    try:
+        reader = DirectReader(path, path.stat())
+    except OSError:
+        pytest.skip("the file system of the temporary folder has no direct reads")
+    start = data.draw(st.integers(0, len(whole) - 1))
+    sizes = data.draw(st.lists(st.integers(1, 9000), min_size=1, max_size=4))
+    views = [memoryview(bytearray(size)) for size in sizes]
+    count = reader.read(views, start)
+    reader.close()
+    assert count == min(sum(sizes), len(whole) - start)
+    assert b"".join(views)[:count] == whole[start : start + count]
+
+
+def test_the_probe_compares_both_ways(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(MIB))
+    try:
+        reader = DirectReader(path, path.stat())
+    except OSError:
+        pytest.skip("the file system of the temporary folder has no direct reads")
+    fd = os.open(path, os.O_RDONLY)
+
+    class Slow(DirectReader):
+        def __init__(self) -> None:
+            self.fd = reader.fd
+
+        def read(self, views: Any, position: int) -> int:
+            time.sleep(0.1)
+            return super().read(views, position)
+
+    assert not direct_pays(fd, Slow(), MIB)
+    assert not direct_pays(fd, reader, 100), "too short to tell"
+    reader.close()
+    os.close(fd)

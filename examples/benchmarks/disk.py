@@ -254,19 +254,11 @@ class Bench:
         """Loading into RAM from a warm cache, against safetensors and pinning."""
         self.warm()
         before = anonymous_bytes()
-        began = time.perf_counter()
         with watched(before) as peak:
-            model = self.load(store="cpu", limit_gb=self.options.limit_gb)
-        ours = time.perf_counter() - began
-        del model
-        gc.collect()
-        began = time.perf_counter()
-        loaded = load_file(self.path)
-        if self.device.type == "cuda":
-            loaded = {name: tensor.pin_memory() for name, tensor in loaded.items()}
-        else:  # it maps the file: what has to be in RAM must be read
-            loaded = {name: tensor.clone() for name, tensor in loaded.items()}
-        theirs = time.perf_counter() - began
+            self._load_ours()
+        # In turns: whoever is the first to touch memory pays for the system to find it.
+        times = [(self._load_ours(), self._load_theirs()) for _ in range(2)]
+        ours, theirs = (min(column) for column in zip(*times, strict=True))
         size = self.checkpoint.tensor_bytes
         return [
             Row(
@@ -284,6 +276,26 @@ class Bench:
                 bound="<= 1.03",
             ),
         ]
+
+    def _load_ours(self) -> float:
+        began = time.perf_counter()
+        model = self.load(store="cpu", limit_gb=self.options.limit_gb)
+        took = time.perf_counter() - began
+        del model
+        gc.collect()
+        return took
+
+    def _load_theirs(self) -> float:
+        began = time.perf_counter()
+        loaded = load_file(self.path)
+        if self.device.type == "cuda":
+            loaded = {name: tensor.pin_memory() for name, tensor in loaded.items()}
+        else:  # it maps the file: what has to be in RAM must be read
+            loaded = {name: tensor.clone() for name, tensor in loaded.items()}
+        took = time.perf_counter() - began
+        del loaded
+        gc.collect()
+        return took
 
     def first(self) -> list[Row]:
         """From the files, warm, to the first output."""
