@@ -50,13 +50,15 @@ from .disk_reads import CHUNK_BYTES, Chunk, Part, chunks_of
 from .master import Master
 from .profiler_ranges import profiler_range
 from .reader_threads import ReaderThreads
-from .staging import Staging
+from .staging import Coming, Staging
 
 if TYPE_CHECKING:
     from .entries import CopyEntry
 
 logger = logging.getLogger(__name__)
 
+# Less is read sooner than another thread wakes up for it.
+_HANDED_OVER_BYTES = 2**18
 POISON = 0xFF  # as a float of any width: NaN
 
 
@@ -118,11 +120,12 @@ class CopyEngine(Protocol):
     def wait(self, copy: Copy) -> None:
         """Let the work that is queued from now on see the copied bytes."""
 
-    def expect(self, coming: Sequence[tuple[Master, ...]], nbytes: int) -> None:
+    def expect(self, coming: Sequence[Coming], nbytes: int) -> None:
         """Read ahead in this order, round and round.
 
         Args:
-            coming: for each layer what is not page-locked of it.
+            coming: for each layer what is not page-locked of it, and whether it will
+                be brought in once only.
             nbytes: the most host RAM to take for it.
         """
 
@@ -270,7 +273,7 @@ class HostCopyEngine:
         if copy.error is not None:
             raise copy.error
 
-    def expect(self, coming: Sequence[tuple[Master, ...]], nbytes: int) -> None:
+    def expect(self, coming: Sequence[Coming], nbytes: int) -> None:
         """Do nothing: files are read into the window, as far ahead as that goes."""
 
     def staging_bytes(self) -> int:
@@ -314,7 +317,10 @@ class _HostReads:
         chunks = chunks_of([master for master, _ in copy.pieces], CHUNK_BYTES)
         left = _ChunksLeft(copy, len(chunks))
         for chunk in chunks:
-            self._readers.submit(partial(left.read, chunk))
+            if copy.nbytes <= _HANDED_OVER_BYTES:
+                left.read(chunk)
+            else:
+                self._readers.submit(partial(left.read, chunk))
 
     def drained(self) -> None:
         self._readers.drain()
@@ -416,7 +422,7 @@ class StreamCopyEngine:
         while len(self._waits) > 1 and self._waits[0][1].query():
             self._add_stall()
 
-    def expect(self, coming: Sequence[tuple[Master, ...]], nbytes: int) -> None:
+    def expect(self, coming: Sequence[Coming], nbytes: int) -> None:
         """Read ahead in this order, round and round."""
         self._staging.expect(coming, nbytes)
 

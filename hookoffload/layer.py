@@ -205,6 +205,11 @@ class Layer:
         return sum(master.nbytes for master in self.masters if not master.on_disk)
 
     @property
+    def is_filled(self) -> bool:
+        """Whether the residence holds bytes already, or the copy that fills it runs."""
+        return self.copied_revision >= 0
+
+    @property
     def readable_at_rest(self) -> bool:
         """Whether forwards could use the masters where they lie, only more slowly."""
         return all(

@@ -348,9 +348,10 @@ class LayerMover:
                 for piece in layer.pieces
                 if piece.region_offset is not None and not piece.master.pinned
             )
-            if waiting and layer.resident is None and layer.stream_bytes:
-                coming.append(waiting)
-        sizes = [sum(master.nbytes for master in masters) for masters in coming]
+            stays = layer.resident is not None
+            if waiting and layer.stream_bytes and not (stays and layer.is_filled):
+                coming.append((waiting, stays))
+        sizes = [sum(master.nbytes for master in masters) for masters, _ in coming]
         largest, total = max(sizes, default=0), sum(sizes)
         self.engine.expect(coming, staging_bytes(largest, total, self.host_limit_bytes))
         self._expected = sequence

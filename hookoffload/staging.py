@@ -32,6 +32,8 @@ BUFFER_BYTES = 8 * 2**20
 _FEWEST_BUFFERS = 3
 
 Masters = tuple[Master, ...]
+# What has to be read for a layer, and whether that is all: it stays on the device.
+Coming = tuple[Masters, bool]
 
 
 class Token(Protocol):
@@ -152,9 +154,10 @@ class Staging:
     ) -> None:
         self._readers = readers
         self._allocate = allocate
-        self._expected: tuple[Sequence[Masters], int] = ((), _FEWEST_BUFFERS)
-        self._following: tuple[Sequence[Masters], int] | None = None
+        self._expected: tuple[Sequence[Coming], int] = ((), _FEWEST_BUFFERS)
+        self._following: tuple[Sequence[Coming], int] | None = None
         self._positions: dict[Masters, list[int]] = {}
+        self._taken: set[Masters] = set()
         self._at = -1
         self._next: Iterator[StagedRead] = iter(())
         self._ahead: deque[StagedRead] = deque()
@@ -166,11 +169,11 @@ class Staging:
         """Bytes of the buffers that there are."""
         return self._made * BUFFER_BYTES
 
-    def expect(self, coming: Sequence[Masters], nbytes: int) -> None:
+    def expect(self, coming: Sequence[Coming], nbytes: int) -> None:
         """Read in this order from now on, round and round.
 
         Args:
-            coming: for each layer in the order of a pass what has to be read for it.
+            coming: the layers in the order of a pass.
             nbytes: how large the ring may be.
         """
         self._expected = (coming, max(nbytes // BUFFER_BYTES, _FEWEST_BUFFERS))
@@ -186,6 +189,7 @@ class Staging:
         if not self._is_ahead(masters):
             self._give_up()
             self._next = self._sequence(masters)
+        self._taken.add(masters)
         is_last = not masters
         while not is_last:
             self._fill()
@@ -211,17 +215,18 @@ class Staging:
             self._free.clear()
             self._made = 0
             self._following, self._positions = None, {}
+            self._taken = set()
 
     def close(self) -> None:
         """End the threads, behind the worker's end."""
         self._readers.join()
 
-    def _follow(self, expected: tuple[Sequence[Masters], int]) -> None:
+    def _follow(self, expected: tuple[Sequence[Coming], int]) -> None:
         self._give_up()
         self._following = expected
         self._at = -1
-        self._positions = {}
-        for position, masters in enumerate(expected[0]):
+        self._positions, self._taken = {}, set()
+        for position, (masters, _) in enumerate(expected[0]):
             self._positions.setdefault(masters, []).append(position)
 
     def _is_ahead(self, masters: Masters) -> bool:
@@ -246,9 +251,15 @@ class Staging:
         if not places:
             return
         self._at = next((place for place in places if place > self._at), places[0])
-        while True:
+        left_out = 0
+        while left_out < len(expected):
             self._at = (self._at + 1) % len(expected)
-            yield from _reads_of(expected[self._at])
+            masters, once = expected[self._at]
+            if once and masters in self._taken:
+                left_out += 1
+                continue
+            left_out = 0
+            yield from _reads_of(masters)
 
     def _fill(self) -> None:
         """Have every buffer that is free read into."""
