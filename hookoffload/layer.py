@@ -234,7 +234,8 @@ class Layer:
         into the scratch.
         """
         values = None
-        if self.resident is None and region_block is not None:
+        if self.resident is None and self.region is not None:
+            assert region_block is not None, "a region is in a block"
             values = self.views_in(region_block).values
         if values is None:
             values = [
