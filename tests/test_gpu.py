@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +109,9 @@ DISK_THEN_RAM = {
         {"limit_gb": 0, "pin_limit_gb": 0},
         {"limit_gb": 0, "pin_limit_gb": 0.005, "debug": True},
         {**DISK_THEN_RAM, "limit_gb": 0},
+        {**DISK_THEN_RAM, "limit_gb": 0, "host_limit_gb": 0.04},
+        {"limit_gb": 0, "host_limit_gb": 0},
+        {"limit_gb": 0, "host_limit_gb": 0.04, "debug": True},
         {"preparing": ho.Placement(device="disk")},
         {"onload": ho.Placement(device="cuda")},
     ],
@@ -377,3 +381,42 @@ def test_many_forwards_under_changing_limits_leave_nothing_behind() -> None:
                 allocated.append(torch.cuda.memory_allocated())
     assert max(allocated) <= allocated[0]
     ho.detach(model)
+
+
+@pytest.mark.parametrize("layers", [0, 3, 8, 12])
+def test_layers_from_ram_and_from_disk_pass_the_window_in_turns(
+    layers: int, tmp_path: Path
+) -> None:
+    model, x = Wide(), torch.randn(4, 2048)
+    wanted = on_gpu(model, x)
+    layer = sum(p.nbytes for p in model[0].parameters())
+    ring = 128 * MIB  # that files are read into: it counts in the host limit
+    policy = ho.OffloadPolicy(
+        limit_gb=0.15,
+        host_limit_gb=(layers * layer + ring * (0 < layers < 12)) / 2**30,
+        disk_dir=tmp_path,
+    )
+    ho.attach_offload_hooks(model, policy)
+    for _ in range(4):
+        with torch.no_grad():
+            assert torch.equal(model(x), wanted)
+    stats = ho.offload_stats(model)
+    assert stats.disk_bytes == (12 - layers) * layer
+    assert not layers or stats.host_bytes <= stats.host_limit_bytes
+    with torch.no_grad():
+        model[5].weight.mul_(2)
+    assert torch.equal(run_once(model, x), on_gpu_again(model, x))
+    ho.detach(model)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def run_once(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def on_gpu_again(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The output of a plain model with the values of an attached one."""
+    twin = Wide()
+    twin.load_state_dict(model.state_dict())
+    return on_gpu(twin, x)
