@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .codec import Codec, choose_codec, is_castable
@@ -62,6 +63,7 @@ def assemble(
     policy: ResolvedPolicy,
     locations: dict[str, TensorLocation],
     known: dict[int, Master],
+    prepare: Callable[[Master], None] | None = None,
 ) -> Assembly:
     """Make layers from a partition; changes no tensor.
 
@@ -70,6 +72,7 @@ def assemble(
         policy: where masters rest and in which dtypes.
         locations: where the bytes of tensors lie that were never in memory, by name.
         known: masters from an earlier assembly of the same model, which are kept.
+        prepare: called with each master of a layer before the layer is measured.
     """
     masters: dict[int, Master] = {}
 
@@ -84,6 +87,9 @@ def assemble(
     layers = []
     for index, sketch in enumerate(found.layers):
         layer = Layer(index, sketch.name, [master_of(g) for g in sketch.groups])
+        if prepare is not None:
+            for master in layer.masters:
+                prepare(master)
         layer.measure(
             policy.compute_device,
             on_disk=policy.onload.on_disk,

@@ -47,12 +47,15 @@ class Tiers:
         on_disk: Whether layers rest in their files; else in host RAM.
         may_stay: Whether a layer may be resident.
         held_as: The dtypes of a tensor whose file has the given one.
+        coded_bytes: What so many values of a dtype take where they are coded; 0 where
+            they are not.
     """
 
     device: str
     on_disk: bool
     may_stay: bool = True
     held_as: Callable[[str], HeldAs] = held_as_it_is
+    coded_bytes: Callable[[str, int], int] | None = None
 
     @property
     def readable(self) -> bool:
@@ -153,23 +156,31 @@ def _sized(tiers: Tiers, tensors: tuple[tuple[str, int], ...]) -> dict[str, Any]
         The fields of a `LayerSpec` that follow from them.
     """
     may_stay = tiers.may_stay
-    region = copied = cast = resident = resident_cast = 0
-    as_it_is = True
+    region = copied = decoded = cast = resident = resident_cast = 0
+    as_it_is, any_coded = True, False
     dtypes = []
     for code, nbytes in tensors:
         held_as = tiers.held_as(code)
-        dtypes.append((held_as.rest, held_as.compute))
-        casts = held_as.rest != held_as.compute
+        count = nbytes // ITEMSIZES[code]
+        coded = 0
+        if tiers.coded_bytes is not None and set(held_as) == {code}:
+            coded = tiers.coded_bytes(code, count)
+        label = (held_as.rest, held_as.compute)
+        dtypes.append((f"{code} coded",) * 2 if coded else label)
+        casts = held_as.rest != held_as.compute or coded > 0
         if not nbytes or (tiers.readable and not casts):
             continue
-        count = nbytes // ITEMSIZES[code]
         rest = count * ITEMSIZES[held_as.rest]
+        decoded += rest
+        any_coded |= coded > 0
+        rest = coded or rest
         copied += rest
+        stays_as_copied = held_as.resident == held_as.rest and not coded
         if not tiers.readable:
             region += align(rest)
-        elif held_as.resident == held_as.rest:
+        elif stays_as_copied:
             may_stay = False
-        as_it_is &= not tiers.readable and held_as.resident == held_as.rest
+        as_it_is &= not tiers.readable and stays_as_copied
         if casts:
             cast += align(count * ITEMSIZES[held_as.compute])
         if held_as.resident != held_as.compute:
@@ -184,5 +195,6 @@ def _sized(tiers: Tiers, tensors: tuple[tuple[str, int], ...]) -> dict[str, Any]
         "transit_bytes": 0 if as_it_is else region,
         "can_stay": may_stay and copied > 0,
         "disk_bytes": copied if tiers.on_disk else 0,
+        "decoded_bytes": decoded if any_coded else 0,
         "dtype": dtype_label(dtypes),
     }

@@ -23,6 +23,7 @@ from .progress import progress_shown
 from .readers import Read, empty_in_ram, read_tensors
 from .safetensors_file import CheckpointFile, TensorLocation
 from .safetensors_header import CheckpointError
+from .state_hooks import session_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -101,7 +102,10 @@ def load_model(
         True
     """
     policy = policy or OffloadPolicy()
-    on_disk = policy.resolve().offload.on_disk
+    resolved = policy.resolve()
+    on_disk = resolved.offload.on_disk
+    # What is coded rests in the file, and its code in RAM.
+    stays = on_disk or resolved.codec is not None
     cache = ConversionCache(cache_dir)
     with ExitStack() as opened, progress_shown(progress):
         locations = open_checkpoint(checkpoint, cache)
@@ -112,12 +116,16 @@ def load_model(
         model = build_empty(model_class_or_factory, config, checkpoint)
         slots = _slots(model)
         _check_names_and_shapes(slots, locations, checkpoint)
-        stay = _assign(slots, locations, apart=on_disk)
+        stay = _assign(slots, locations, apart=stays)
         _close_later(opened, stay)
         _attach(model, policy, stay)
-        if on_disk:
+        if stays:
             opened.pop_all()
-            _close_unused(locations, stay)
+            session = session_of(model)
+            assert session is not None, "it has just been attached"
+            used = _files_of(stay) if on_disk else session.store.files
+            for file in (_files_of(locations) | _files_of(stay)) - used:
+                file.close()
         # In RAM they have no place in a file any more, nor have those that the user
         # registers later under the same names.
         stay.clear()
@@ -125,14 +133,12 @@ def load_model(
 
 
 def _close_later(opened: ExitStack, locations: Locations) -> None:
-    for file in {location.file for location in locations.values()}:
+    for file in _files_of(locations):
         opened.callback(file.close)
 
 
-def _close_unused(locations: Locations, stay: Locations) -> None:
-    used = {location.file for location in stay.values()}
-    for file in {location.file for location in locations.values()} - used:
-        file.close()
+def _files_of(locations: Locations) -> set[CheckpointFile]:
+    return {location.file for location in locations.values()}
 
 
 @dataclass

@@ -27,11 +27,16 @@ class Coded:
 
     Attributes:
         layout: What its bytes mean.
-        data: The bytes: flat, ``uint8``, in host RAM.
+        buffer: Memory that begins with the bytes: flat, ``uint8``, in host RAM.
     """
 
     layout: CodeLayout
-    data: torch.Tensor
+    buffer: torch.Tensor
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The bytes."""
+        return self.buffer[: self.layout.nbytes]
 
 
 def encode(values: torch.Tensor, device: torch.device = _CPU) -> Coded | None:
@@ -84,7 +89,8 @@ def decode(layout: CodeLayout, coded: torch.Tensor, output: torch.Tensor) -> Non
     """
     fused = _fused_decoder() if output.is_cuda else None
     if fused is not None and not (coded.data_ptr() | output.data_ptr()) % 4:
-        fused(layout, coded, output)
+        with torch.cuda.device(output.device):
+            fused(layout, coded, output)
     else:
         decode_in_torch(layout, coded, output)
 

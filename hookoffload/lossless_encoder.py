@@ -6,6 +6,7 @@ not grow with the tensor.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -32,7 +33,9 @@ _MOST_VALUES = 2**31 - 2**20  # indices are int32, also those of whole programs
 
 # Values at a time: a core's share stays in its cache, and a GPU is kept busy.
 _CHUNK_PER_CORE = 2**17
-_DEVICE_CHUNK = 2**23
+_DEVICE_CHUNK = 2**22
+# What a chunk takes on a device at most, with everything that is computed from it.
+DEVICE_BYTES = 2**27
 
 _SAMPLED_SLICES = 64
 _SAMPLED_SLICE = 2**14
@@ -66,7 +69,8 @@ def encode_values(
         device: where to encode. The coded bytes lie on the CPU, whatever it is.
 
     Returns:
-        The layout and the coded bytes; None if they would not be fewer by enough.
+        The layout, and memory that begins with the coded bytes and has pages of its
+        own, so that it can be page-locked; None if they would not be fewer by enough.
     """
     if dtype not in CODED_DTYPES or not 0 < count <= _MOST_VALUES:
         return None
@@ -79,7 +83,7 @@ def encode_values(
     # Twice what the sample needs: room that is never written to takes no memory, and
     # saves a second copy.
     room = min(most, layout.nbytes + 2 * expected + 4096)
-    coded = torch.empty(room, dtype=torch.uint8)
+    coded = empty_pages(room)
     indices: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
     patches = 0
@@ -98,10 +102,15 @@ def encode_values(
         return None
     if layout.nbytes > room:
         planes = coded[: layout.starts_at]
-        coded = torch.empty(layout.nbytes, dtype=torch.uint8)
+        coded = empty_pages(layout.nbytes)
         coded[: layout.starts_at].copy_(planes)
     _write_patches(coded, layout, torch.cat(indices), torch.cat(values))
-    return layout, coded[: layout.nbytes]
+    return layout, coded
+
+
+def empty_pages(nbytes: int) -> torch.Tensor:
+    """Return memory that shares no page with other data."""
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
 
 
 def _choose_base(read: Reader, count: int, device: torch.device) -> tuple[int, float]:
@@ -225,7 +234,8 @@ def _write_patches(
     indices: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    coded[layout.starts_at :].zero_()  # the gaps between parts are part of the bytes
+    # Behind each part are up to 12 bytes that nothing else writes to.
+    coded[layout.starts_at : layout.nbytes].zero_()
     bounds = torch.arange(layout.segments + 1) * SEGMENT
     starts = torch.searchsorted(indices, bounds)
     words(coded, layout.starts_at, starts.numel()).copy_(starts)

@@ -67,6 +67,7 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
         width: The most columns; at very few, long names are cut to fit.
     """
     limit = "none" if plan.limit_bytes is None else format_gib(plan.limit_bytes)
+    coded = any(layer.decoded_bytes for layer in plan.layers)
     rows = [
         ("limit", limit, f"least {format_gib_up(plan.least_bytes)} GiB"),
         ("residents", format_gib(plan.resident_bytes), f"{len(plan.resident)} layers"),
@@ -80,7 +81,11 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
         ("always there", format_gib(plan.always_bytes), ""),
         ("activations", format_gib(plan.activation_bytes), ""),
         ("together", format_gib(plan.total_bytes + plan.activation_bytes), ""),
-        ("copied per pass", format_gib(plan.pass_bytes), ""),
+        (
+            "copied per pass",
+            format_gib(plan.pass_bytes),
+            f"coded, {plan.coded_share:.1%} of the weights" if coded else "",
+        ),
     ]
     if plan.disk_bytes:
         rows.append(("read from disk", format_gib(plan.disk_bytes), "per pass"))
@@ -154,6 +159,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "activation_bytes": plan.activation_bytes,
         "together_bytes": plan.total_bytes + plan.activation_bytes,
         "pass_bytes": plan.pass_bytes,
+        "coded_share": plan.coded_share,
         "link_bytes": plan.link_bytes,
         "disk_bytes": plan.disk_bytes,
         "predicted": predicted,

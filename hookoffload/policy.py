@@ -51,6 +51,7 @@ class ResolvedPolicy:
         module_map: The user's map, empty if there is none.
         pin_limit_bytes: The most memory to page-lock; None: what this machine can.
         record: Whether to note what happens in a run.
+        codec: How weights that wait in host RAM are coded: "lossless", "auto" or None.
     """
 
     limit_bytes: int | None
@@ -63,6 +64,7 @@ class ResolvedPolicy:
     module_map: ModuleMap
     pin_limit_bytes: int | None
     record: bool
+    codec: Literal["lossless", "auto"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,11 @@ class OffloadPolicy:
         debug: Overwrite memory with NaN when a layer is released, so that code which
             keeps a streamed weight beyond its forward computes NaN. Slow.
         record: Note what happens in each pass, for `report(model)`. Costs little.
+        codec: "lossless" codes bf16 weights that wait in host RAM in 12 bits (fp32 in
+            28) and decodes them on the compute device, bit for bit: a quarter less to
+            copy. Those of `load_model` take a quarter less RAM as well; a tensor that
+            is in RAM at attach stays there, beside its code. "auto" does so only where
+            something is copied to an accelerator in each pass.
 
     Raises:
         ValueError: A value is not legal, or two of them contradict each other.
@@ -125,6 +132,7 @@ class OffloadPolicy:
     pin_limit_gb: float | None = None
     debug: bool = False
     record: bool = False
+    codec: Literal["lossless", "auto"] | None = None
 
     def __post_init__(self) -> None:
         """Checks every field, then the fields against each other."""
@@ -141,6 +149,10 @@ class OffloadPolicy:
             raise ValueError(f"debug={self.debug!r} must be True or False")
         if not isinstance(self.record, bool):
             raise ValueError(f"record={self.record!r} must be True or False")
+        if self.codec not in (None, "lossless", "auto"):
+            raise ValueError(
+                f"codec={self.codec!r} is unknown; use 'lossless', 'auto' or None"
+            )
         checked_dtype("compute_dtype", self.compute_dtype)
         checked_dtype("storage_dtype", self.storage_dtype)
         if self.store not in (None, "cpu", "disk"):
@@ -266,6 +278,7 @@ class OffloadPolicy:
             module_map=ModuleMap(self.module_map),
             pin_limit_bytes=None if pinned is None else to_bytes(pinned),
             record=self.record,
+            codec=self.codec,
         )
 
     def _placements(

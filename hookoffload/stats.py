@@ -23,6 +23,9 @@ class OffloadStats:
         hits: Layers whose copy had begun before their forward did.
         misses: Layers whose copy began when their forward needed it.
         peak_by_kind: The library's own bytes at their peak, by kind.
+        coded_bytes: Bytes of the weights that are coded losslessly, as they wait in
+            host RAM and are copied.
+        decoded_bytes: Bytes of the same weights when they are decoded.
     """
 
     forwards: int
@@ -34,16 +37,22 @@ class OffloadStats:
     hits: int
     misses: int
     peak_by_kind: dict[str, int]
+    coded_bytes: int = 0
+    decoded_bytes: int = 0
 
     def __str__(self) -> str:
         limit = "none" if self.limit_bytes is None else format_gib(self.limit_bytes)
         kinds = ", ".join(
             f"{kind} {format_gib(n)}" for kind, n in self.peak_by_kind.items()
         )
+        coded = ""
+        if self.decoded_bytes:
+            share = self.coded_bytes / self.decoded_bytes
+            coded = f", {format_gib(self.decoded_bytes)} coded in {share:.1%}"
         return (
             f"{self.forwards} forwards, peak {format_gib(self.peak_bytes)} "
             f"(limit {limit}; {kinds or 'nothing of the library'}), "
             f"{format_gib(self.bytes_moved)} copied, "
             f"{self.stall_seconds:.3f} s stalled, "
-            f"{self.hits} hits, {self.misses} misses"
+            f"{self.hits} hits, {self.misses} misses{coded}"
         )

@@ -48,7 +48,8 @@ class Store:
         """Bring masters to the placement where they rest while not needed.
 
         A CPU tensor that stays in RAM and needs no cast stays exactly where it lies.
-        What lies in a file and is to rest in RAM is read, and cast on the way.
+        What lies in a file and is to rest in RAM is read, and cast on the way; if it
+        is coded, its code is what rests in RAM.
 
         Raises:
             CheckpointError: The folder cannot be written, or has too little room.
@@ -56,7 +57,7 @@ class Store:
         if placement.on_disk:
             self._spill(masters, placement.dtype)
             return
-        self._read([m for m in masters if m.location is not None], placement.dtype)
+        self._read(_uncoded_in_files(masters), placement.dtype)
         self._files = {m.location.file for m in self.masters if m.location is not None}
         self._cast(masters, placement.dtype)
 
@@ -144,7 +145,8 @@ class Store:
             return
         for master in self.masters:
             master.reconcile()
-        waiting = [m for m in self.masters if m.location is not None]
+            master.renew_code()
+        waiting = _uncoded_in_files(self.masters)
         for master in waiting:
             assert master.location is not None, f"{master.name} is in RAM already"
             self._mapped[id(master)] = (master.flat, master.location)
@@ -159,6 +161,7 @@ class Store:
         """
         for master in self.masters:
             master.reconcile(lenient=True)
+            master.drop_code()
             known = self._mapped.pop(id(master), None)
             if known is None:
                 if not placement.on_disk:
@@ -192,6 +195,15 @@ class Store:
             if changed:
                 master.note_change()
 
+    def doubt_codes(self) -> None:
+        """Have masters in RAM encoded again before they are copied.
+
+        While a model is offloaded, writes that move no version are allowed.
+        """
+        for master in self.masters:
+            if master.code is not None and master.location is None:
+                master.code.revision = -1
+
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if a file changed since it was opened."""
         for file in self._files:
@@ -215,6 +227,7 @@ class Store:
         if not master.members:
             return  # its only one was split off
         master.reconcile(lenient=True)
+        master.forget_code()
         if master.location is not None and master.location.file.writable_shared:
             flat = torch.empty(master.count, dtype=master.flat.dtype)
             master.read_into(flat.view(torch.uint8))
@@ -235,6 +248,10 @@ class Store:
         if self._folder is not None:
             self._folder.remove()
             self._folder = None
+
+
+def _uncoded_in_files(masters: Sequence[Master]) -> list[Master]:
+    return [m for m in masters if m.location is not None and m.code is None]
 
 
 def _advance(bar: tqdm[Any], nbytes: int) -> None:

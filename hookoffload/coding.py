@@ -1,0 +1,119 @@
+"""Which masters are coded losslessly, and when: before the plan, which needs sizes."""
+
+from __future__ import annotations
+
+import torch
+
+from .assembly import Assembly, assemble
+from .budget import MemoryBudget
+from .gather import can_gather
+from .lossless_encoder import CODED_DTYPES, DEVICE_BYTES
+from .lossless_layout import CodeLayout
+from .master import Master
+from .master_code import MasterCode
+from .partition import Partition
+from .pass_planner import PassPlanner
+from .plan import Plan
+from .policy import ResolvedPolicy
+from .progress import progress_bar
+from .safetensors_file import TensorLocation
+
+# Less is not worth a launch of a decoder.
+LEAST_CODED_BYTES = 2**16
+
+
+def assemble_coded(
+    found: Partition,
+    policy: ResolvedPolicy,
+    locations: dict[str, TensorLocation],
+    known: dict[int, Master],
+    planner: PassPlanner,
+    budget: MemoryBudget | None,
+) -> Assembly:
+    """Make layers as `assemble` does, with the codes that the policy asks for.
+
+    Args:
+        found: the partition.
+        policy: what the user wants.
+        locations: where the bytes of tensors lie that were never in memory, by name.
+        known: masters from an earlier assembly of the same model, which are kept.
+        planner: plans without codes, to see whether "auto" wants them.
+        budget: of the compute device; None only foresees codes, and reads no value.
+
+    Raises:
+        BudgetExceededError: The limit is below the least that the layers need.
+    """
+    if policy.codec != "lossless" or not can_code(policy):
+        assembly = assemble(found, policy, locations, known)
+        if policy.codec is None or not can_code(policy):
+            return assembly
+        order = tuple(sorted(assembly.moving))
+        planner.set_assembly(assembly, order, frozenset())
+        if not codes_pay(policy, planner.plan):
+            return assembly
+        known = assembly.masters
+    tables = {
+        id(site.module._parameters.get("weight"))
+        for site in found.sites
+        if can_gather(site.module)
+    }
+    groups = [group for layer in found.layers for group in layer.groups]
+    total = sum(group.high - group.low for group in groups)
+    with progress_bar("encoding weights", total if budget is not None else 0) as bar:
+
+        def prepare(master: Master) -> None:
+            bar.update(master.plain_bytes)
+            if master.code is None and _pays(master, tables):
+                _code(master, policy.compute_device, budget)
+
+        return assemble(found, policy, locations, known, prepare)
+
+
+def foreseen(count: int, dtype: torch.dtype) -> MasterCode | None:
+    """Return what a code of so many values will take, without their values."""
+    if dtype not in CODED_DTYPES or count * dtype.itemsize < LEAST_CODED_BYTES:
+        return None
+    return MasterCode(CodeLayout(dtype=dtype, count=count, base=0, patches=0), 0)
+
+
+def can_code(policy: ResolvedPolicy) -> bool:
+    """Tell whether layers wait in host RAM; files stay as they are."""
+    return policy.onload.device == torch.device("cpu")
+
+
+def codes_pay(policy: ResolvedPolicy, plan: Plan) -> bool:
+    """Tell whether "auto" wants codes.
+
+    Args:
+        policy: what the user wants.
+        plan: the plan without codes. If it copies nothing over a link in each pass,
+            codes would only have to be decoded.
+    """
+    link = policy.compute_device.type != "cpu" and plan.pass_bytes > 0
+    return policy.codec == "auto" and link
+
+
+def _pays(master: Master, tables: set[int]) -> bool:
+    codec = master.codec
+    one_dtype = codec.rest == codec.compute == codec.resident == master.flat.dtype
+    if not (master.castable and one_dtype and codec.rest in CODED_DTYPES):
+        return False
+    # Rows of tables are looked up where they rest.
+    looked_up = any(id(member.tensor) in tables for member in master.members)
+    return master.plain_bytes >= LEAST_CODED_BYTES and not looked_up
+
+
+def _code(master: Master, device: torch.device, budget: MemoryBudget | None) -> None:
+    if budget is None:
+        code = foreseen(master.count, master.codec.rest)
+        if code is not None:
+            master.code_as(code)
+        return
+    if device.type == "cpu" or not budget.fits(DEVICE_BYTES):
+        master.encode(torch.device("cpu"))
+        return
+    budget.reserve("encoding", DEVICE_BYTES, master.name)
+    try:
+        master.encode(device)
+    finally:
+        budget.release("encoding", DEVICE_BYTES)
