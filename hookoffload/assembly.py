@@ -63,7 +63,7 @@ def assemble(
     policy: ResolvedPolicy,
     locations: dict[str, TensorLocation],
     known: dict[int, Master],
-    prepare: Callable[[Master], None] | None = None,
+    prepare: Callable[[list[Master]], None] | None = None,
 ) -> Assembly:
     """Make layers from a partition; changes no tensor.
 
@@ -72,7 +72,7 @@ def assemble(
         policy: where masters rest and in which dtypes.
         locations: where the bytes of tensors lie that were never in memory, by name.
         known: masters from an earlier assembly of the same model, which are kept.
-        prepare: called with each master of a layer before the layer is measured.
+        prepare: called with the masters of layers before these are measured.
     """
     masters: dict[int, Master] = {}
 
@@ -87,16 +87,16 @@ def assemble(
     layers = []
     for index, sketch in enumerate(found.layers):
         layer = Layer(index, sketch.name, [master_of(g) for g in sketch.groups])
-        if prepare is not None:
-            for master in layer.masters:
-                prepare(master)
+        layer.held = index in found.held
+        layers.append(layer)
+    if prepare is not None:
+        prepare([master for layer in layers for master in layer.masters])
+    for layer in layers:
         layer.measure(
             policy.compute_device,
             on_disk=policy.onload.on_disk,
             may_stay=policy.preparing is not None,
         )
-        layer.held = index in found.held
-        layers.append(layer)
     fixtures = [master_of(group, always=True) for group in found.always]
     always = Layer(-1, "buffers", [m for m in fixtures if not m.codec.casts_streamed])
     always.measure(policy.compute_device, on_disk=False, may_stay=True)

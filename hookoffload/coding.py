@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import torch
 
 from .assembly import Assembly, assemble
@@ -20,6 +23,10 @@ from .safetensors_file import TensorLocation
 
 # Less is not worth a launch of a decoder.
 LEAST_CODED_BYTES = 2**16
+
+# Weights and codes go through memory that is not page-locked, at what one core can
+# copy: several keep the link busy.
+_THREADS = 4
 
 
 def assemble_coded(
@@ -57,15 +64,18 @@ def assemble_coded(
         for site in found.sites
         if can_gather(site.module)
     }
-    groups = [group for layer in found.layers for group in layer.groups]
-    total = sum(group.high - group.low for group in groups)
-    with progress_bar("encoding weights", total if budget is not None else 0) as bar:
 
-        def prepare(master: Master) -> None:
-            bar.update(master.plain_bytes)
-            if master.code is None and _pays(master, tables):
-                _code(master, policy.compute_device, budget)
+    def prepare(masters: list[Master]) -> None:
+        chosen = [m for m in masters if m.code is None and _pays(m, tables)]
+        if budget is not None:
+            _encode(chosen, policy.compute_device, budget)
+            return
+        for master in chosen:
+            code = foreseen(master.count, master.codec.rest)
+            if code is not None:
+                master.code_as(code)
 
+    with torch.inference_mode(False):
         return assemble(found, policy, locations, known, prepare)
 
 
@@ -103,17 +113,32 @@ def _pays(master: Master, tables: set[int]) -> bool:
     return master.plain_bytes >= LEAST_CODED_BYTES and not looked_up
 
 
-def _code(master: Master, device: torch.device, budget: MemoryBudget | None) -> None:
-    if budget is None:
-        code = foreseen(master.count, master.codec.rest)
-        if code is not None:
-            master.code_as(code)
-        return
-    if device.type == "cpu" or not budget.fits(DEVICE_BYTES):
-        master.encode(torch.device("cpu"))
-        return
-    budget.reserve("encoding", DEVICE_BYTES, master.name)
-    try:
-        master.encode(device)
-    finally:
-        budget.release("encoding", DEVICE_BYTES)
+def _encode(masters: list[Master], device: torch.device, budget: MemoryBudget) -> None:
+    """Encode masters, on the device if it has room for that."""
+    taken = DEVICE_BYTES * _THREADS
+    on_device = device.type == "cuda" and budget.fits(taken)
+    total = sum(master.plain_bytes for master in masters)
+    with progress_bar("encoding weights", total) as bar:
+        if not on_device:
+            for master in masters:
+                master.encode(torch.device("cpu"))
+                bar.update(master.plain_bytes)
+            return
+        budget.reserve("encoding", taken)
+        try:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                encode = partial(_encode_on_stream, device=device)
+                for nbytes in pool.map(encode, masters):
+                    bar.update(nbytes)
+        finally:
+            budget.release("encoding", taken)
+
+
+def _encode_on_stream(master: Master, device: torch.device) -> int:
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        # The weights themselves may lie on the device, and be barely there.
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            master.encode(device)
+    return master.plain_bytes

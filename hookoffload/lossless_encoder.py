@@ -82,7 +82,7 @@ def encode_values(
         return None
     # Twice what the sample needs: room that is never written to takes no memory, and
     # saves a second copy.
-    room = min(most, layout.nbytes + 2 * expected + 4096)
+    room = (layout.nbytes + 2 * expected + 4096) // 16 * 16
     coded = empty_pages(room)
     indices: list[torch.Tensor] = []
     values: list[torch.Tensor] = []

