@@ -113,15 +113,24 @@ def _pays(master: Master, tables: set[int]) -> bool:
     return master.plain_bytes >= LEAST_CODED_BYTES and not looked_up
 
 
+def renew_codes(
+    masters: list[Master], device: torch.device, budget: MemoryBudget
+) -> None:
+    """Encode again what was dropped, doubted or written to."""
+    _encode([m for m in masters if m.has_old_code], device, budget)
+
+
 def _encode(masters: list[Master], device: torch.device, budget: MemoryBudget) -> None:
     """Encode masters, on the device if it has room for that."""
+    if not masters:
+        return
     taken = DEVICE_BYTES * _THREADS
     on_device = device.type == "cuda" and budget.fits(taken)
     total = sum(master.plain_bytes for master in masters)
     with progress_bar("encoding weights", total) as bar:
         if not on_device:
             for master in masters:
-                master.encode(torch.device("cpu"))
+                master.encode()
                 bar.update(master.plain_bytes)
             return
         budget.reserve("encoding", taken)

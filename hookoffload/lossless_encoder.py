@@ -110,7 +110,9 @@ def encode_values(
 
 def empty_pages(nbytes: int) -> torch.Tensor:
     """Return memory that shares no page with other data."""
-    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    # Private, or a forked child would write to its parent's.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
 
 
 def _choose_base(read: Reader, count: int, device: torch.device) -> tuple[int, float]:

@@ -32,6 +32,8 @@ from .master_code import MasterCode
 from .partition import ManagedTensor, TensorGroup, span
 from .safetensors_file import TensorLocation
 
+CPU = torch.device("cpu")
+
 
 class Member:
     """One tensor object of a master, and where it lies in the master's bytes."""
@@ -155,25 +157,33 @@ class Master:
         else:
             destination.copy_(self.bytes[start : start + destination.numel()])
 
-    def encode(self, device: torch.device) -> None:
-        """Have a code, if the bytes at rest would shrink by it.
+    def encode(self, device: torch.device = CPU) -> None:
+        """Have a code of the bytes as they are now, if they would shrink by it.
 
         Args:
             device: where to encode.
         """
+        if self.code is not None:
+            self.renew_code(device)
+            return
         coded = encode_from(self._reader(), self.count, self.flat.dtype, device)
         if coded is not None:
             self.code_as(MasterCode.of(coded, self.revision))
+
+    @property
+    def has_old_code(self) -> bool:
+        """Whether there is a code, of other bytes than those at rest."""
+        return self.code is not None and self.code.revision != self.revision
 
     def code_as(self, code: MasterCode) -> None:
         """Take a code, whose bytes are copied from now on."""
         self.codec = replace(self.codec, coded=True)
         self.code, self.bytes = code, code.data
 
-    def renew_code(self) -> None:
+    def renew_code(self, device: torch.device = CPU) -> None:
         """Encode again what was written to since."""
-        if self.code is not None and self.code.revision != self.revision:
-            self.code.renew(self._reader(), self.revision)
+        if self.code is not None and self.has_old_code:
+            self.code.renew(self._reader(), self.revision, device)
             self.bytes = self.code.data
 
     def drop_code(self) -> None:

@@ -9,10 +9,11 @@ are a map of a file: after `load_model`, and where the offload placement is the 
 and the onload placement is RAM. What lies in RAM at attach stays there, and its code
 comes beside it.
 
-A code belongs to one revision of its master. Before a copy begins, `Layer.revision`
-has the code of a master that was written to made anew, in the same bytes; the layer
-keeps its geometry. Values that then need more patches than there is room for cross
-the link as they are, into the scratch, until others take their place.
+A code belongs to one revision of its master. Onload, for all of them at once, and
+`Layer.revision`, before a copy begins, have the code of a master that was written to
+made anew, in the same bytes; the layer keeps its geometry. Values that then need more
+patches than there is room for cross the link as they are, into the scratch, until
+others take their place.
 """
 
 from __future__ import annotations
@@ -53,14 +54,15 @@ class MasterCode:
         code.data = coded.buffer[: code.nbytes]
         return code
 
-    def renew(self, read: Reader, revision: int) -> None:
+    def renew(self, read: Reader, revision: int, device: torch.device) -> None:
         """Encode other values of the same count into the same bytes.
 
         Args:
             read: returns values by their indices.
             revision: of the master that they are.
+            device: where to encode.
         """
-        coded = encode_from(read, self.layout.count, self.layout.dtype)
+        coded = encode_from(read, self.layout.count, self.layout.dtype, device)
         self.fits = coded is not None and coded.layout.nbytes <= self.nbytes
         if not self.data.numel():
             with torch.inference_mode(False):  # it is written to outside as well

@@ -77,7 +77,7 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
             f"{format_gib(plan.ring_bytes)} first in first out, "
             f"{format_gib(plan.stack_bytes)} held",
         ),
-        ("casts", format_gib(plan.scratch_bytes), ""),
+        ("casts", format_gib(plan.scratch_bytes), "and decoding" if coded else ""),
         ("always there", format_gib(plan.always_bytes), ""),
         ("activations", format_gib(plan.activation_bytes), ""),
         ("together", format_gib(plan.total_bytes + plan.activation_bytes), ""),

@@ -16,7 +16,7 @@ from .always import AlwaysResident
 from .assembly import Assembly
 from .budget import MemoryBudget
 from .calls import CallTracker, calls_under_way
-from .coding import assemble_coded
+from .coding import assemble_coded, renew_codes
 from .containers import map_tensors
 from .escapes import Escapes
 from .gather import GatherSite, can_gather
@@ -463,6 +463,9 @@ class Session(NotCopied):
             if not self._waits_where_it_rests:
                 self._masters_wait = True  # first: an interrupt leaves some of them so
                 self.store.onload(self.policy.onload)
+            device = self.policy.compute_device
+            renew_codes(self.store.masters, device, self.budget)
+            if not self._waits_where_it_rests:
                 self._page_lock.lock(self.store.masters)
             self.always.onload()
             self.adapters.onload()

@@ -145,7 +145,6 @@ class Store:
             return
         for master in self.masters:
             master.reconcile()
-            master.renew_code()
         waiting = _uncoded_in_files(self.masters)
         for master in waiting:
             assert master.location is not None, f"{master.name} is in RAM already"

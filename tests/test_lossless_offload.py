@@ -16,6 +16,8 @@ from torch import nn
 import hookoffload as ho
 from hookoffload.layer import Layer
 
+from .children import in_child
+
 WIDTH = 512
 LAYER_BYTES = 2 * WIDTH * WIDTH
 
@@ -290,13 +292,17 @@ def anonymous_bytes() -> int:
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
 
 
-def test_host_ram_holds_three_quarters_of_a_loaded_model(
-    device: str, tmp_path: Path
-) -> None:
+def test_host_ram_holds_three_quarters_of_a_loaded_model(tmp_path: Path) -> None:
+    # In a child: what it leaves behind would be in the way of other tests' measuring.
+    assert in_child(lambda: load_and_measure(tmp_path / "model.safetensors")) == 0
+
+
+def load_and_measure(file: Path) -> None:
+    torch.set_num_threads(1)
+
     def large() -> nn.Module:
         return nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(4)])
 
-    file = tmp_path / "model.safetensors"
     save_file(large().to(torch.bfloat16).state_dict(), file)
     size = file.stat().st_size
     x = torch.randn(1, 4096).to(torch.bfloat16)
@@ -305,15 +311,15 @@ def test_host_ram_holds_three_quarters_of_a_loaded_model(
         {"offload": ho.Placement(device="disk"), "onload": ho.Placement(device="cpu")},
     ):
         start = anonymous_bytes()
-        model = ho.load_model(large, file, policy(device, **placements), progress=False)
+        model = ho.load_model(large, file, policy("cpu", **placements), progress=False)
         run(model, x)
         codes = ho.offload_stats(model).coded_bytes
         assert 0.7 * size < codes < 0.76 * size
-        beside = size // 4 + size // 8 + 2**25  # window, scratch, the library's own
-        assert anonymous_bytes() - start < codes + beside
+        beside = size // 4 + 2**25  # the scratch, the library's own
+        assert codes - 2**25 < anonymous_bytes() - start < codes + beside
         ho.offload(model)
         left = 0 if placements else codes
-        assert anonymous_bytes() - start < left + 2**25
+        assert left - 2**25 < anonymous_bytes() - start < left + 2**25
         run(model, x)
         ho.detach(model)
         assert anonymous_bytes() - start < 2**25
@@ -331,6 +337,22 @@ def test_attach_and_forward_in_inference_mode_leave_codes_that_can_change(
         with torch.inference_mode():
             output = run(model, ids)
         assert_same_bits(output, plain(detached(model), ids, device))
+
+
+def test_edits_in_a_forked_child_leave_the_parent_as_it_was(
+    ids: torch.Tensor, model: Model
+) -> None:
+    ho.attach_offload_hooks(model, policy("cpu"))
+    expected = run(model, ids)
+
+    def edit() -> None:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            model.blocks[0].weight.mul_(-0.5)
+        assert not torch.equal(run(model, ids), expected)
+
+    assert in_child(edit) == 0
+    assert_same_bits(run(model, ids), expected)
 
 
 def test_the_real_sentence_encoder_gives_the_same_embeddings(
