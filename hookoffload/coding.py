@@ -10,6 +10,7 @@ import torch
 from .assembly import Assembly, assemble
 from .budget import MemoryBudget
 from .gather import can_gather
+from .lossless import fused_decoder
 from .lossless_encoder import CODED_DTYPES, DEVICE_BYTES
 from .lossless_layout import CodeLayout
 from .master import Master
@@ -68,7 +69,7 @@ def assemble_coded(
     def prepare(masters: list[Master]) -> None:
         chosen = [m for m in masters if m.code is None and _pays(m, tables)]
         if budget is not None:
-            _encode(chosen, policy.compute_device, budget)
+            _encode(chosen, policy, budget)
             return
         for master in chosen:
             code = foreseen(master.count, master.codec.rest)
@@ -114,33 +115,39 @@ def _pays(master: Master, tables: set[int]) -> bool:
 
 
 def renew_codes(
-    masters: list[Master], device: torch.device, budget: MemoryBudget
+    masters: list[Master], policy: ResolvedPolicy, budget: MemoryBudget
 ) -> None:
     """Encode again what was dropped, doubted or written to."""
-    _encode([m for m in masters if m.has_old_code], device, budget)
+    _encode([m for m in masters if m.has_old_code], policy, budget)
 
 
-def _encode(masters: list[Master], device: torch.device, budget: MemoryBudget) -> None:
+def _encode(
+    masters: list[Master], policy: ResolvedPolicy, budget: MemoryBudget
+) -> None:
     """Encode masters, on the device if it has room for that."""
     if not masters:
         return
-    taken = DEVICE_BYTES * _THREADS
-    on_device = device.type == "cuda" and budget.fits(taken)
+    device, taken = policy.compute_device, DEVICE_BYTES * _THREADS
+    # Who wants as little as possible there shall not find it full at attach.
+    on_device = policy.limit_bytes != 0 and budget.fits(taken)
     total = sum(master.plain_bytes for master in masters)
     with progress_bar("encoding weights", total) as bar:
-        if not on_device:
+        if device.type != "cuda" or not on_device:
             for master in masters:
                 master.encode()
                 bar.update(master.plain_bytes)
-            return
-        budget.reserve("encoding", taken)
-        try:
-            with ThreadPoolExecutor(_THREADS) as pool:
-                encode = partial(_encode_on_stream, device=device)
-                for nbytes in pool.map(encode, masters):
-                    bar.update(nbytes)
-        finally:
-            budget.release("encoding", taken)
+        else:
+            budget.reserve("encoding", taken)
+            try:
+                with ThreadPoolExecutor(_THREADS) as pool:
+                    encode = partial(_encode_on_stream, device=device)
+                    for nbytes in pool.map(encode, masters):
+                        bar.update(nbytes)
+            finally:
+                torch.cuda.empty_cache()  # no other stream can use what these took
+                budget.release("encoding", taken)
+    if device.type == "cuda":
+        fused_decoder(device)  # compiled now rather than in the first forward
 
 
 def _encode_on_stream(master: Master, device: torch.device) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from .lossless_decoder import decode_in_torch
 from .lossless_encoder import Reader, encode_values
-from .lossless_layout import CodeLayout
+from .lossless_layout import SEGMENT, CodeLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +87,7 @@ def decode(layout: CodeLayout, coded: torch.Tensor, output: torch.Tensor) -> Non
         coded: the coded bytes, flat.
         output: takes the values: flat, contiguous, of the layout's dtype and count.
     """
-    fused = _fused_decoder() if output.is_cuda else None
+    fused = fused_decoder(output.device) if output.is_cuda else None
     if fused is not None and not (coded.data_ptr() | output.data_ptr()) % 4:
         with torch.cuda.device(output.device):
             fused(layout, coded, output)
@@ -96,11 +96,24 @@ def decode(layout: CodeLayout, coded: torch.Tensor, output: torch.Tensor) -> Non
 
 
 @cache
-def _fused_decoder() -> Callable[..., Any] | None:
-    """Return the decoder that needs Triton, None where there is none."""
-    try:
-        from .lossless_kernel import decode_in_triton
-    except ImportError:
-        logger.warning("Triton is not installed: weights are decoded more slowly")
-        return None
+def fused_decoder(device: torch.device) -> Callable[..., Any] | None:
+    """Return the decoder for CUDA devices that needs Triton, None where it fails.
+
+    Compiles it when it is asked for the first time, which takes a second.
+    """
+    layout = CodeLayout(dtype=torch.bfloat16, count=2 * SEGMENT, base=1, patches=0)
+    with torch.cuda.device(device), torch.inference_mode(False):
+        nothing = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+        output = torch.empty(layout.count, dtype=layout.dtype, device=device)
+        try:
+            from .lossless_kernel import decode_in_triton
+
+            decode_in_triton(layout, nothing, output)
+        except Exception as error:  # not installed, no compiler, too old a GPU
+            logger.warning(
+                "Triton does not work here (%s: %s): weights are decoded more slowly",
+                type(error).__name__,
+                error,
+            )
+            return None
     return decode_in_triton

@@ -188,6 +188,10 @@ _put = triton.jit(_put_)
 _put_wide = triton.jit(_put_wide_)
 _pair = triton.jit(_pair_)
 _rows = triton.jit(_rows_)
-_decode_rows = triton.jit(_decode_rows_)
+# One compilation serves all sizes and bases.
+_decode_rows = triton.jit(
+    _decode_rows_,
+    do_not_specialize=["count", "base", "starts_at", "indices_at", "values_at"],
+)
 
 assert BLOCK == 1024, "the kernels are written for blocks of 1024 values"

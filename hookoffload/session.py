@@ -463,8 +463,7 @@ class Session(NotCopied):
             if not self._waits_where_it_rests:
                 self._masters_wait = True  # first: an interrupt leaves some of them so
                 self.store.onload(self.policy.onload)
-            device = self.policy.compute_device
-            renew_codes(self.store.masters, device, self.budget)
+            renew_codes(self.store.masters, self.policy, self.budget)
             if not self._waits_where_it_rests:
                 self._page_lock.lock(self.store.masters)
             self.always.onload()
