@@ -80,8 +80,8 @@ def _decode_rows_(
     # Patches of this program's rows, behind what all of its threads have written.
     tl.debug_barrier()
     values = (words + values_at).to(tl.pointer_type(tl.int16))
-    for start in range(first, last, 128):
-        at = start + tl.arange(0, 128)
+    while first < last:
+        at = first + tl.arange(0, 128)
         live = at < last
         index = tl.load(words + indices_at + at, mask=live, other=0)
         value = tl.load(values + at, mask=live, other=0)
@@ -89,6 +89,7 @@ def _decode_rows_(
             tl.store(output + index.to(tl.int64) * 2 + 1, value, mask=live)
         else:
             tl.store(output + index, value, mask=live)
+        first += 128
 
 
 def _rows_(
