@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .codec import Codec, choose_codec, is_castable
@@ -65,6 +66,7 @@ def assemble(
     policy: ResolvedPolicy,
     locations: dict[str, TensorLocation],
     known: dict[int, Master],
+    prepare: Callable[[list[Master]], None] | None = None,
 ) -> Assembly:
     """Make layers from a partition; changes no tensor.
 
@@ -73,6 +75,7 @@ def assemble(
         policy: where masters rest and in which dtypes.
         locations: where the bytes of tensors lie that were never in memory, by name.
         known: masters from an earlier assembly of the same model, which are kept.
+        prepare: called with the masters of layers before these are measured.
     """
     masters: dict[int, Master] = {}
     may_stay = policy.preparing is not None
@@ -92,9 +95,12 @@ def assemble(
         on_disk = index not in in_ram
         taken = [master_of(group, on_disk=on_disk) for group in sketch.groups]
         layer = Layer(index, sketch.name, taken)
-        layer.measure(policy.compute_device, may_stay=may_stay)
         layer.held = index in found.held
         layers.append(layer)
+    if prepare is not None:
+        prepare([master for layer in layers for master in layer.masters])
+    for layer in layers:
+        layer.measure(policy.compute_device, may_stay=may_stay)
     fixtures = [master_of(group, always=True) for group in found.always]
     always = Layer(-1, "buffers", [m for m in fixtures if not m.codec.casts_streamed])
     always.measure(policy.compute_device, may_stay=True)

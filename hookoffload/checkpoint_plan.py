@@ -51,6 +51,8 @@ class Tiers:
         may_stay: Whether a layer may be resident.
         held_as: The dtypes of a tensor whose file has the given one, where it rests on
             disk or not.
+        coded_bytes: What so many values of a dtype take where they are coded; 0 where
+            they are not.
     """
 
     device: str
@@ -58,6 +60,7 @@ class Tiers:
     host_limit_bytes: int | None = None
     may_stay: bool = True
     held_as: Callable[[str, bool], HeldAs] = held_as_it_is
+    coded_bytes: Callable[[str, int], int] | None = None
 
     @property
     def kind(self) -> str:
@@ -189,25 +192,33 @@ def _sized(
         The fields of a `LayerSpec` that follow from them.
     """
     may_stay = tiers.may_stay
-    region = copied = cast = resident = resident_cast = waiting = 0
+    region = copied = decoded = cast = resident = resident_cast = waiting = 0
     readable = tiers.kind == "cpu" and not on_disk
-    as_it_is = True
+    as_it_is, any_coded = True, False
     dtypes = []
     for code, nbytes in tensors:
         held_as = tiers.held_as(code, on_disk)
-        dtypes.append((held_as.rest, held_as.compute))
-        casts = held_as.rest != held_as.compute
         count = nbytes // ITEMSIZES[code]
+        coded = 0
+        if tiers.coded_bytes is not None and set(held_as) == {code}:
+            coded = tiers.coded_bytes(code, count)
+        label = (held_as.rest, held_as.compute)
+        dtypes.append((f"{code} coded",) * 2 if coded else label)
+        casts = held_as.rest != held_as.compute or coded > 0
         rest = count * ITEMSIZES[held_as.rest]
-        waiting += 0 if on_disk else rest
+        waiting += 0 if on_disk else coded or rest
         if not nbytes or (readable and not casts):
             continue
+        decoded += rest
+        any_coded |= coded > 0
+        rest = coded or rest
         copied += rest
+        stays_as_copied = held_as.resident == held_as.rest and not coded
         if not readable:
             region += align(rest)
-        elif held_as.resident == held_as.rest:
+        elif stays_as_copied:
             may_stay = False
-        as_it_is &= not readable and held_as.resident == held_as.rest
+        as_it_is &= not readable and stays_as_copied
         if casts:
             cast += align(count * ITEMSIZES[held_as.compute])
         if held_as.resident != held_as.compute:
@@ -223,5 +234,6 @@ def _sized(
         "can_stay": may_stay and copied > 0,
         "disk_bytes": copied if on_disk else 0,
         "host_bytes": waiting,
+        "decoded_bytes": decoded if any_coded else 0,
         "dtype": dtype_label(dtypes),
     }

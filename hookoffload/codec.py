@@ -45,21 +45,34 @@ class Codec:
         rest: dtype of the master.
         resident: dtype kept on the compute device while the layer is resident.
         compute: dtype of the value inside the forward.
+        coded: the bytes that are copied are coded losslessly, see
+            [Note: coded masters]; then the three dtypes are one.
     """
 
     rest: torch.dtype
     resident: torch.dtype
     compute: torch.dtype
+    coded: bool = False
 
     @property
     def casts_streamed(self) -> bool:
         """Whether a streamed layer needs scratch for this master."""
+        return self.coded or self.changes_dtype
+
+    @property
+    def changes_dtype(self) -> bool:
+        """Whether the forward reads another dtype than there is at rest."""
         return self.rest != self.compute
 
     @property
     def casts_resident(self) -> bool:
         """Whether a resident layer needs scratch for this master."""
         return self.resident != self.compute
+
+    @property
+    def resident_as_copied(self) -> bool:
+        """Whether a resident layer holds the bytes that are copied, as they are."""
+        return self.resident == self.rest and not self.coded
 
 
 def choose_codec(

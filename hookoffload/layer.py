@@ -184,7 +184,7 @@ class Layer:
             if not readable:
                 piece.region_offset = region
                 region += align(master.nbytes)
-            elif codec.resident == codec.rest:
+            elif codec.resident_as_copied:
                 self.can_stay = False  # a second copy beside the master gains nothing
             if codec.casts_streamed:
                 piece.scratch_offset = scratch
@@ -210,6 +210,13 @@ class Layer:
         return self.copied_revision >= 0
 
     @property
+    def decoded_bytes(self) -> int:
+        """What `copy_bytes` are once they are decoded; 0 if nothing is coded."""
+        if all(piece.master.code is None for piece in self.pieces):
+            return 0
+        return sum(piece.master.plain_bytes for piece in self.pieces)
+
+    @property
     def readable_at_rest(self) -> bool:
         """Whether forwards could use the masters where they lie, only more slowly."""
         return all(
@@ -222,16 +229,15 @@ class Layer:
     def copies_into_residence(self) -> bool:
         """Whether a resident holds the bytes at rest as they are."""
         return all(
-            piece.region_offset is not None
-            and piece.master.codec.resident == piece.master.codec.rest
+            piece.region_offset is not None and piece.master.codec.resident_as_copied
             for piece in self.pieces
         )
 
     def bind(self, region_block: Block | None) -> None:
         """Point every member at its value on the compute device.
 
-        Casts run on the stream that is current, from the region or the resident block
-        into the scratch.
+        Casts and decoders run on the stream that is current, from the region or the
+        resident block into the scratch.
         """
         values = None
         if self.resident is None and self.region is not None:
@@ -292,31 +298,49 @@ class Layer:
     ) -> tuple[torch.Tensor, int]:
         """Return a flat tensor and the element at which the master's value begins."""
         master = piece.master
-        codec = master.codec
+        dtype = master.codec.compute
         count = master.count
-        source: torch.Tensor
+        resident: torch.Tensor | None = None
+        cast_to = piece.scratch_offset
         if self.resident is not None:
-            dtype = resident_dtype(master)
-            source, start = self.resident[index].typed(dtype), 0
+            resident = self.resident[index].typed(resident_dtype(master))
             cast_to = piece.resident_scratch_offset
-        else:
-            cast_to = piece.scratch_offset
-            source, start = self._rest_source(piece, region_block)
         if cast_to is None:
-            return source, start
+            if resident is not None:
+                return resident, 0
+            return self._rest_source(piece, region_block)
         assert self.scratch_block is not None and self.scratch is not None
-        target = self.scratch_block.typed(codec.compute)
-        first = (self.scratch.offset + cast_to) // codec.compute.itemsize
-        target[first : first + count].copy_(source[start : start + count])
+        target = self.scratch_block.typed(dtype)
+        first = (self.scratch.offset + cast_to) // dtype.itemsize
+        value = target[first : first + count]
+        if resident is not None:
+            value.copy_(resident[:count])
+        else:
+            self._expand(piece, region_block, value)
         return target, first
 
     def fill_residence(self, blocks: list[Block], region_block: Block | None) -> None:
-        """Cast the layer's streamed bytes into resident blocks of another dtype."""
+        """Cast or decode the layer's streamed bytes into its resident blocks."""
         for index, piece in enumerate(self.pieces):
-            source, start = self._rest_source(piece, region_block)
-            count = piece.master.count
             target = blocks[index].typed(resident_dtype(piece.master))
-            target[:count].copy_(source[start : start + count])
+            self._expand(piece, region_block, target[: piece.master.count])
+
+    def _expand(
+        self, piece: Piece, region_block: Block | None, target: torch.Tensor
+    ) -> None:
+        """Cast or decode what was copied of a master."""
+        master, code = piece.master, piece.master.code
+        if code is None:
+            source, start = self._rest_source(piece, region_block)
+            target.copy_(source[start : start + master.count])
+        elif not code.fits:
+            target.copy_(master.flat)  # see [Note: coded masters]
+        elif piece.region_offset is None:
+            code.decode_into(code.data, target)
+        else:
+            assert region_block is not None and self.region is not None
+            start = self.region.offset + piece.region_offset
+            code.decode_into(region_block.bytes[start : start + code.nbytes], target)
 
     def _rest_source(
         self, piece: Piece, region_block: Block | None
@@ -360,7 +384,10 @@ class Layer:
                 break
         total = 0
         for piece in self.pieces:
-            total += piece.master.revision
+            master = piece.master
+            if master.code is not None:
+                master.renew_code()
+            total += master.revision
         return total
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,7 +103,10 @@ def load_model(
         True
     """
     policy = policy or OffloadPolicy()
-    on_disk = policy.resolve().offload.on_disk
+    resolved = policy.resolve()
+    on_disk = resolved.offload.on_disk
+    # What is coded rests in the file, and its code in RAM.
+    stays = on_disk or resolved.codec is not None
     cache = ConversionCache(cache_dir)
     with ExitStack() as opened, progress_shown(progress):
         locations = open_checkpoint(checkpoint, cache)
@@ -114,13 +117,17 @@ def load_model(
         model = build_empty(model_class_or_factory, config, checkpoint)
         slots = _slots(model)
         _check_names_and_shapes(slots, locations, checkpoint)
-        stay = _assign(slots, locations, apart=on_disk)
+        stay = _assign(slots, locations, apart=stays)
         _close_later(opened, stay)
         _attach(model, policy, stay)
-        session = session_of(model)
-        if on_disk and session is not None:
+        if stays:
             opened.pop_all()
-            _close_unused([*locations.values(), *stay.values()], session.store.files)
+            session = session_of(model)
+            assert session is not None, "it has just been attached"
+            whole = on_disk and resolved.host_limit_bytes is None
+            used = _files_of(stay) if whole else session.store.files
+            for file in (_files_of(locations) | _files_of(stay)) - used:
+                file.close()
         # In RAM they have no place in a file any more, nor have those that the user
         # registers later under the same names.
         stay.clear()
@@ -128,15 +135,12 @@ def load_model(
 
 
 def _close_later(opened: ExitStack, locations: Locations) -> None:
-    for file in {location.file for location in locations.values()}:
+    for file in _files_of(locations):
         opened.callback(file.close)
 
 
-def _close_unused(
-    locations: Iterable[TensorLocation], used: frozenset[CheckpointFile]
-) -> None:
-    for file in {location.file for location in locations} - used:
-        file.close()
+def _files_of(locations: Locations) -> set[CheckpointFile]:
+    return {location.file for location in locations.values()}
 
 
 @dataclass

@@ -20,13 +20,19 @@ everything rests and nothing has been copied ahead; otherwise they may be lost.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
 from .codec import Codec, is_castable
+from .lossless import encode_from
+from .lossless_encoder import Reader
+from .master_code import MasterCode
 from .partition import ManagedTensor, TensorGroup, span
 from .safetensors_file import TensorLocation
+
+CPU = torch.device("cpu")
 
 
 class Member:
@@ -83,6 +89,7 @@ class Master:
     __slots__ = (
         "bytes",
         "castable",
+        "code",
         "codec",
         "count",
         "dirty",
@@ -113,6 +120,7 @@ class Master:
         self.members = [Member(managed, low) for managed in group.members]
         first = group.members[0].tensor
         self.flat = _flat(first, low, group.high, self.mixed)
+        # What is copied, if it lies in host RAM.
         self.bytes = self.flat.view(torch.uint8)
         self.count = self.flat.numel()
         self.castable = not self.mixed and all(
@@ -121,11 +129,17 @@ class Master:
         self.location = location
         self.on_disk = on_disk  # its tier: whether it waits in a file, or in host RAM
         self.dirty = False
-        self.pinned = False  # page-locked, see pinning.py
+        self.code: MasterCode | None = None
+        self.pinned = False  # what is copied is page-locked, see pinning.py
         self.revision = 0  # counts changes of the bytes at rest
 
     @property
     def nbytes(self) -> int:
+        """Bytes that are copied to the compute device: those at rest, or their code."""
+        return self.plain_bytes if self.code is None else self.code.nbytes
+
+    @property
+    def plain_bytes(self) -> int:
         """Bytes at rest."""
         # What moves as bytes has the codec of its first member only.
         return self.count * (1 if self.mixed else self.codec.rest.itemsize)
@@ -137,18 +151,74 @@ class Master:
 
     @property
     def in_ram(self) -> bool:
-        """Whether the bytes lie in host RAM (and not in a file)."""
-        return self.location is None
+        """Whether what is copied lies in host RAM (and not in a file)."""
+        return self.location is None or self.code is not None
 
     def read_into(self, destination: torch.Tensor, start: int = 0) -> None:
-        """Copy bytes at rest, from byte ``start`` on, into a ``uint8`` CPU tensor.
+        """Copy what is copied, from byte ``start`` on, into a ``uint8`` CPU tensor.
 
         Fills the whole destination, which may be shorter than the master.
         """
-        if self.location is not None:
+        if self.location is not None and self.code is None:
             self.location.file.read_into(self.location, destination, start)
         else:
             destination.copy_(self.bytes[start : start + destination.numel()])
+
+    def encode(self, device: torch.device = CPU) -> None:
+        """Have a code of the bytes as they are now, if they would shrink by it.
+
+        Args:
+            device: where to encode.
+        """
+        if self.code is not None:
+            self.renew_code(device)
+            return
+        coded = encode_from(self._reader(), self.count, self.flat.dtype, device)
+        if coded is not None:
+            self.code_as(MasterCode.of(coded, self.revision))
+
+    @property
+    def has_old_code(self) -> bool:
+        """Whether there is a code, of other bytes than those at rest."""
+        return self.code is not None and self.code.revision != self.revision
+
+    def code_as(self, code: MasterCode) -> None:
+        """Take a code, whose bytes are copied from now on."""
+        self.codec = replace(self.codec, coded=True)
+        self.code, self.bytes = code, code.data
+
+    def renew_code(self, device: torch.device = CPU) -> None:
+        """Encode again what was written to since."""
+        if self.code is not None and self.has_old_code:
+            self.code.renew(self._reader(), self.revision, device)
+            self.bytes = self.code.data
+
+    def drop_code(self) -> None:
+        """Give the memory of the code back until `renew_code`."""
+        if self.code is not None:
+            self.code.drop()
+            self.bytes = self.code.data
+
+    def forget_code(self) -> None:
+        """Have no code from now on."""
+        self.codec = replace(self.codec, coded=False)
+        self.code, self.bytes = None, self.flat.view(torch.uint8)
+
+    def _reader(self) -> Reader:
+        location, flat = self.location, self.flat
+        if location is None:
+            return lambda start, stop: flat[start:stop]
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            # Not through the map: what it has read once stays counted as this
+            # process's memory.
+            part = torch.empty(stop - start, dtype=flat.dtype)
+            location.file.read_into(
+                location, part.view(torch.uint8), start * flat.itemsize
+            )
+            return part
+
+        return read
 
     def become(self, flat: torch.Tensor, location: TensorLocation | None) -> None:
         """Take ``flat`` as the bytes at rest from now on, and put members on it."""
@@ -156,7 +226,8 @@ class Master:
         views = [self.member_view(member, flat) for member in self.members]
         for member, view in zip(self.members, views, strict=True):
             member.set_rest(view)
-        self.flat, self.bytes = flat, flat.view(torch.uint8)
+        self.flat = flat
+        self.bytes = flat.view(torch.uint8) if self.code is None else self.code.data
         self.location = location
         self.dirty = self.pinned = False
         self.put_to_rest()
@@ -176,7 +247,9 @@ class Master:
         low, high = span(member.tensor)
         managed = ManagedTensor(member.name, member.tensor, is_buffer=False)
         dtype = member.tensor.dtype
-        codec = Codec(dtype, dtype, dtype) if self.mixed else self.codec
+        codec = Codec(dtype, dtype, dtype)
+        if not self.mixed:
+            codec = replace(self.codec, coded=False)
         group = TensorGroup([managed], low, high)
         alone = Master(group, codec, on_disk=self.on_disk)
         alone.members[0].device = member.device

@@ -284,6 +284,7 @@ def _spec(layer: Layer, *, used: bool) -> LayerSpec:
         name=layer.name,
         stream_bytes=layer.stream_bytes,
         copy_bytes=layer.copy_bytes,
+        decoded_bytes=layer.decoded_bytes,
         cast_bytes=layer.cast_bytes,
         resident_bytes=layer.resident_bytes,
         resident_cast_bytes=layer.resident_cast_bytes,

@@ -74,7 +74,8 @@ class PageLock:
         total = sum(master.nbytes for master in waiting)
         cap = (default_cap() if self._cap is None else self._cap) - self.locked_bytes
         chosen = _evenly(waiting, min(max(cap, 0) / total, 1.0))
-        guests = [master for master in chosen if not _has_own_pages(master.flat)]
+        # Codes have pages of their own from the start.
+        guests = [m for m in chosen if m.code is None and not _has_own_pages(m.flat)]
         if guests:
             _move_into_slab(guests)
             self._moved += guests
@@ -90,7 +91,7 @@ class PageLock:
                 self._ranges.append(start)
                 self.locked_bytes += end - start
                 for master in members:
-                    self._held.append(master.flat)
+                    self._held.append(master.bytes)
                     master.pinned = True
         left = total - chosen_bytes + refused
         if left and not self._warned:  # weights may come from disk many times
@@ -185,8 +186,8 @@ def _page_ranges(masters: list[Master]) -> list[tuple[int, int, list[Master]]]:
     page = mmap.PAGESIZE
     spans = []
     for master in masters:
-        start = master.flat.data_ptr()
-        end = start + master.flat.nbytes
+        start = master.bytes.data_ptr()
+        end = start + master.nbytes
         spans.append((start // page * page, -(-end // page) * page, master))
     spans.sort(key=lambda span: span[0])
     ranges: list[tuple[int, int, list[Master]]] = []

@@ -27,6 +27,7 @@ class LayerSpec:
         can_stay: Whether it may be resident at all.
         disk_bytes: Bytes that are read from disk each time it is brought in.
         host_bytes: Bytes of it that wait in host RAM.
+        decoded_bytes: What `copy_bytes` are once they are decoded, if they are coded.
         dtype: What its tensors are, for readers: "BF16", or "F8_E4M3>BF16" for one
             that is cast. Empty where it does not matter.
     """
@@ -42,6 +43,7 @@ class LayerSpec:
     can_stay: bool = True
     disk_bytes: int = 0
     host_bytes: int = 0
+    decoded_bytes: int = 0
     dtype: str = ""
 
     @property
@@ -113,6 +115,13 @@ class Plan:
     def pass_bytes(self) -> int:
         """Bytes that are copied to the compute device in one pass."""
         return sum(layer.copy_bytes for layer in self._brought_in())
+
+    @property
+    def coded_share(self) -> float:
+        """What part of their decoded bytes a pass copies: 1 where nothing is coded."""
+        brought = self._brought_in()
+        decoded = sum(layer.decoded_bytes or layer.copy_bytes for layer in brought)
+        return self.pass_bytes / decoded if decoded else 1.0
 
     @property
     def link_bytes(self) -> int:

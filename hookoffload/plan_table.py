@@ -79,6 +79,7 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
         width: The most columns; at very few, long names are cut to fit.
     """
     limit = "none" if plan.limit_bytes is None else format_gib(plan.limit_bytes)
+    coded = any(layer.decoded_bytes for layer in plan.layers)
     rows = [
         ("limit", limit, f"least {format_gib_up(plan.least_bytes)} GiB"),
         ("residents", format_gib(plan.resident_bytes), f"{len(plan.resident)} layers"),
@@ -88,11 +89,15 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
             f"{format_gib(plan.ring_bytes)} first in first out, "
             f"{format_gib(plan.stack_bytes)} held",
         ),
-        ("casts", format_gib(plan.scratch_bytes), ""),
+        ("casts", format_gib(plan.scratch_bytes), "and decoding" if coded else ""),
         ("always there", format_gib(plan.always_bytes), ""),
         ("activations", format_gib(plan.activation_bytes), ""),
         ("together", format_gib(plan.total_bytes + plan.activation_bytes), ""),
-        ("copied per pass", format_gib(plan.pass_bytes), ""),
+        (
+            "copied per pass",
+            format_gib(plan.pass_bytes),
+            f"coded, {plan.coded_share:.1%} of the weights" if coded else "",
+        ),
     ]
     if plan.divided:
         waiting = sum(layer.host_bytes > 0 for layer in plan.layers)
@@ -170,6 +175,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "activation_bytes": plan.activation_bytes,
         "together_bytes": plan.total_bytes + plan.activation_bytes,
         "pass_bytes": plan.pass_bytes,
+        "coded_share": plan.coded_share,
         "link_bytes": plan.link_bytes,
         "disk_bytes": plan.disk_bytes,
         "host_bytes": plan.host_bytes,

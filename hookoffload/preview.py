@@ -13,10 +13,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from .assembly import Assembly, assemble
+from .assembly import Assembly
 from .budget import MemoryBudget
 from .checkpoint_plan import HeldAs, Tiers, dtype_label, plan_of_headers
-from .codec import choose_codec
+from .codec import Codec, choose_codec
+from .coding import assemble_coded, can_code, codes_pay, foreseen
 from .cost import Rates
 from .device_memory import DeviceMemory
 from .gather import can_gather
@@ -49,10 +50,10 @@ def plan_of_model(model: nn.Module, policy: OffloadPolicy, rates: Rates | None) 
     check_tensors(model)
     resolved = policy.resolve(here=False)
     found = partition(model, resolved.module_map.for_model(model))
-    assembly = assemble(found, resolved, {}, {})
     budget = MemoryBudget(None)
     memory = DeviceMemory(resolved.compute_device, budget)
     planner = PassPlanner(resolved, budget, memory)
+    assembly = assemble_coded(found, resolved, {}, {}, planner, None)
     order = tuple(sorted(assembly.moving))
     planner.set_assembly(assembly, order, _looked_up(assembly, resolved))
     return _described(planner.plan, assembly.layers, resolved, rates)
@@ -88,8 +89,20 @@ def plan_of_checkpoint(
         may_stay=resolved.preparing is not None,
         held_as=partial(_held_as, resolved),
     )
+    coded = replace(tiers, coded_bytes=_coded_bytes)
+    can = can_code(resolved)
+    if can and resolved.codec == "lossless":
+        tiers = coded
     limit = resolved.limit_bytes
-    return plan_of_headers(checkpoint, tiers, limit_bytes=limit, rates=rates)
+    plan = plan_of_headers(checkpoint, tiers, limit_bytes=limit, rates=rates)
+    if can and codes_pay(resolved, plan):
+        plan = plan_of_headers(checkpoint, coded, limit_bytes=limit, rates=rates)
+    return plan
+
+
+def _coded_bytes(code: str, count: int) -> int:
+    found = foreseen(count, dtype_of(code, "the checkpoint"))
+    return 0 if found is None else found.nbytes
 
 
 def _held_as(policy: ResolvedPolicy, code: str, on_disk: bool) -> HeldAs:
@@ -110,10 +123,7 @@ def _described(
     specs = tuple(
         replace(
             spec,
-            dtype=dtype_label(
-                (_short(master.codec.rest), _short(master.codec.compute))
-                for master in layer.masters
-            ),
+            dtype=dtype_label(_labels(master.codec) for master in layer.masters),
         )
         for spec, layer in zip(plan.layers, layers, strict=True)
     )
@@ -139,6 +149,12 @@ def _is_looked_up(site: SiteSketch, layer: Layer, policy: ResolvedPolicy) -> boo
     on_cpu = policy.compute_device.type == "cpu"
     in_file = on_cpu and not masters[0].codec.casts_streamed
     return in_file or masters[0].nbytes >= _GATHER_BYTES
+
+
+def _labels(codec: Codec) -> tuple[str, str]:
+    if codec.coded:
+        return (f"{_short(codec.rest)} coded",) * 2
+    return _short(codec.rest), _short(codec.compute)
 
 
 def _short(dtype: torch.dtype) -> str:

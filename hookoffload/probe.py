@@ -261,7 +261,7 @@ class Probe(TorchFunctionMode):
             owner = getattr(func, "__self__", None)
             attribute = getattr(owner, "__name__", "")
             if attribute == "dtype":
-                return any(p.master.codec.casts_streamed for p in layer.pieces)
+                return any(p.master.codec.changes_dtype for p in layer.pieces)
             return attribute in _VIEWS
         return name not in _METADATA and name != "__set__"
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from .adapters import Adapters
 from .always import AlwaysResident
-from .assembly import Assembly, assemble
+from .assembly import Assembly
 from .budget import MemoryBudget
 from .calls import CallTracker, calls_under_way
+from .coding import assemble_coded, renew_codes
 from .containers import map_tensors
 from .escapes import Escapes
 from .gather import GatherSite, can_gather
@@ -126,7 +127,14 @@ class Session(NotCopied):
         Raises:
             BudgetExceededError: The limit is below the least that these layers need.
         """
-        assembly = assemble(found, self.policy, self._locations, self._masters)
+        assembly = assemble_coded(
+            found,
+            self.policy,
+            self._locations,
+            self._masters,
+            self.planner,
+            self.budget,
+        )
         self.read_in_place = set()
         sites = [s for k in assembly.sites if (s := self._make_site(k, assembly))]
         moved = {
@@ -463,6 +471,8 @@ class Session(NotCopied):
                 for tier in _TIERS:
                     waits = self.policy.waits(on_disk=tier)
                     self.store.onload(self._tier(tier), waits)
+            renew_codes(self.store.masters, self.policy, self.budget)
+            if not self._waits_where_it_rests:
                 self._page_lock.lock(self.store.masters)
             self.always.onload()
             self.adapters.onload()
@@ -484,6 +494,7 @@ class Session(NotCopied):
             self.mover.drop_all()
             self.always.release()
             self.adapters.release()
+            self.store.doubt_codes()
             if self._masters_wait:
                 self._page_lock.unlock(self.store.masters)
                 for tier in _TIERS:
@@ -568,6 +579,7 @@ class Session(NotCopied):
         """Return what has happened since attach."""
         counters = self.mover.counters
         measured = self.mover.memory.measures_peak
+        coded = [m for m in self._moved_masters if m.code is not None]
         return OffloadStats(
             forwards=counters.forwards,
             bytes_moved=counters.bytes_moved,
@@ -582,6 +594,8 @@ class Session(NotCopied):
             host_limit_bytes=self.policy.host_limit_bytes,
             disk_bytes=self.store.disk_bytes,
             bytes_read=counters.bytes_read,
+            coded_bytes=sum(m.nbytes for m in coded),
+            decoded_bytes=sum(m.plain_bytes for m in coded),
         )
 
     def report(self) -> Report:

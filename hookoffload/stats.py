@@ -28,6 +28,9 @@ class OffloadStats:
         host_limit_bytes: The host limit; None: there is none.
         disk_bytes: Weights that wait in files.
         bytes_read: Bytes that forwards had read from files.
+        coded_bytes: Bytes of the weights that are coded losslessly, as they wait in
+            host RAM and are copied.
+        decoded_bytes: Bytes of the same weights when they are decoded.
     """
 
     forwards: int
@@ -43,18 +46,24 @@ class OffloadStats:
     host_limit_bytes: int | None = None
     disk_bytes: int = 0
     bytes_read: int = 0
+    coded_bytes: int = 0
+    decoded_bytes: int = 0
 
     def __str__(self) -> str:
         limit = "none" if self.limit_bytes is None else format_gib(self.limit_bytes)
         kinds = ", ".join(
             f"{kind} {format_gib(n)}" for kind, n in self.peak_by_kind.items()
         )
+        coded = ""
+        if self.decoded_bytes:
+            share = self.coded_bytes / self.decoded_bytes
+            coded = f", {format_gib(self.decoded_bytes)} coded in {share:.1%}"
         return (
             f"{self.forwards} forwards, peak {format_gib(self.peak_bytes)} "
             f"(limit {limit}; {kinds or 'nothing of the library'}), "
             f"{format_gib(self.bytes_moved)} copied, "
             f"{self.stall_seconds:.3f} s stalled, "
-            f"{self.hits} hits, {self.misses} misses{self._tiers()}"
+            f"{self.hits} hits, {self.misses} misses{coded}{self._tiers()}"
         )
 
     def _tiers(self) -> str:

@@ -65,7 +65,8 @@ class Store:
         """Bring masters to the placement where they rest while not needed.
 
         A CPU tensor that stays in RAM and needs no cast stays exactly where it lies.
-        What lies in a file and is to rest in RAM is read, and cast on the way.
+        What lies in a file and is to rest in RAM is read, and cast on the way; if it
+        is coded, its code is what rests in RAM.
 
         Raises:
             CheckpointError: The folder cannot be written, or has too little room.
@@ -73,7 +74,7 @@ class Store:
         if placement.on_disk:
             self._spill(masters, placement.dtype)
             return
-        self._read([m for m in masters if m.location is not None], placement.dtype)
+        self._read(_uncoded_in_files(masters), placement.dtype)
         self._files = {m.location.file for m in self.masters if m.location is not None}
         self._cast(masters, placement.dtype)
 
@@ -162,7 +163,7 @@ class Store:
             return
         for master in masters:
             master.reconcile()
-        waiting = [m for m in masters if m.location is not None]
+        waiting = _uncoded_in_files(masters)
         for master in waiting:
             assert master.location is not None, f"{master.name} is in RAM already"
             self._mapped[id(master)] = (master.flat, master.location)
@@ -177,6 +178,7 @@ class Store:
         """
         for master in masters:
             master.reconcile(lenient=True)
+            master.drop_code()
             known = self._mapped.pop(id(master), None)
             if known is None:
                 if not placement.on_disk:
@@ -230,6 +232,15 @@ class Store:
         if any(pays):
             logger.info("files are read past the page cache, which cannot hold them")
 
+    def doubt_codes(self) -> None:
+        """Have masters in RAM encoded again before they are copied.
+
+        While a model is offloaded, writes that move no version are allowed.
+        """
+        for master in self.masters:
+            if master.code is not None and master.location is None:
+                master.code.revision = -1
+
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if a file changed since it was opened."""
         for file in self._files:
@@ -253,6 +264,7 @@ class Store:
         if not master.members:
             return  # its only one was split off
         master.reconcile(lenient=True)
+        master.forget_code()
         if master.location is not None and master.location.file.writable_shared:
             flat = torch.empty(master.count, dtype=master.flat.dtype)
             master.read_into(flat.view(torch.uint8))
@@ -273,6 +285,10 @@ class Store:
         if self._folder is not None:
             self._folder.remove()
             self._folder = None
+
+
+def _uncoded_in_files(masters: Sequence[Master]) -> list[Master]:
+    return [m for m in masters if m.location is not None and m.code is None]
 
 
 def _advance(bar: tqdm[Any], nbytes: int) -> None:

@@ -97,7 +97,7 @@ def _trials(options: argparse.Namespace) -> list[Trial]:
     for method in METHODS:
         if method not in options.methods:
             continue
-        ours = method == "hookoffload"
+        ours = method.startswith("hookoffload")
         limits = options.limits if ours else options.peer_limits
         for storage in _storages(options) if ours or method == "resident" else [None]:
             for limit in limits if METHODS[method].limited else [None]:

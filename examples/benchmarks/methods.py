@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -50,9 +50,12 @@ class Method:
     limited: bool
 
 
-def policy_of(way: Way) -> OffloadPolicy:
+def policy_of(
+    way: Way, codec: Literal["lossless", "auto"] | None = None
+) -> OffloadPolicy:
     """Returns what hookoffload is told."""
     return OffloadPolicy(
+        codec=codec,
         limit_gb=way.limit_gb,
         compute_device=way.device,
         storage_dtype=way.storage,
@@ -71,6 +74,14 @@ def _resident(model: nn.Module, way: Way) -> object:
 
 def _hookoffload(model: nn.Module, way: Way) -> object:
     return attach_offload_hooks(model, policy_of(way))
+
+
+def _hookoffload_lossless(model: nn.Module, way: Way) -> object:
+    return attach_offload_hooks(model, policy_of(way, "lossless"))
+
+
+def _hookoffload_auto(model: nn.Module, way: Way) -> object:
+    return attach_offload_hooks(model, policy_of(way, "auto"))
 
 
 def _accelerate_cpu_offload(model: nn.Module, way: Way) -> object:
@@ -133,6 +144,8 @@ def _mmgp(model: nn.Module, way: Way) -> object:
 METHODS: dict[str, Method] = {
     "resident": Method(attach=_resident, limited=False),
     "hookoffload": Method(attach=_hookoffload, limited=True),
+    "hookoffload_lossless": Method(attach=_hookoffload_lossless, limited=True),
+    "hookoffload_auto": Method(attach=_hookoffload_auto, limited=True),
     "accelerate_cpu_offload": Method(attach=_accelerate_cpu_offload, limited=False),
     "accelerate_dispatch": Method(attach=_accelerate_dispatch, limited=True),
     "diffusers_leaf": Method(attach=_diffusers_leaf, limited=False),

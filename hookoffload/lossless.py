@@ -1,0 +1,119 @@
+"""Weights in fewer bytes that give every bit back; see [Note: the lossless code]."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .lossless_decoder import decode_in_torch
+from .lossless_encoder import Reader, encode_values
+from .lossless_layout import SEGMENT, CodeLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A losslessly coded tensor.
+
+    Attributes:
+        layout: What its bytes mean.
+        buffer: Memory that begins with the bytes: flat, ``uint8``, in host RAM.
+    """
+
+    layout: CodeLayout
+    buffer: torch.Tensor
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The bytes."""
+        return self.buffer[: self.layout.nbytes]
+
+
+def encode(values: torch.Tensor, device: torch.device = _CPU) -> Coded | None:
+    """Encode a tensor, read in the order of its elements.
+
+    Args:
+        values: any tensor.
+        device: where to encode; much faster on an accelerator.
+
+    Returns:
+        None if it would not shrink by enough: it is of another dtype than bf16 and
+        fp32, has no values, or exponents of too many kinds.
+
+    Example:
+        >>> weights = torch.randn(65536, dtype=torch.bfloat16)
+        >>> coded = encode(weights)
+        >>> coded.data.nbytes / weights.nbytes < 0.76
+        True
+        >>> decoded = torch.empty_like(weights)
+        >>> decode(coded.layout, coded.data, decoded)
+        >>> torch.equal(weights, decoded)
+        True
+    """
+    flat = values.detach().reshape(-1)
+    return encode_from(lambda a, b: flat[a:b], flat.numel(), flat.dtype, device)
+
+
+def encode_from(
+    read: Reader, count: int, dtype: torch.dtype, device: torch.device = _CPU
+) -> Coded | None:
+    """Encode values that lie elsewhere, a few MiB at a time.
+
+    Args:
+        read: returns the values from one index to another, as a flat tensor.
+        count: values.
+        dtype: their dtype.
+        device: where to encode.
+    """
+    found = encode_values(read, count, dtype, device)
+    return None if found is None else Coded(*found)
+
+
+def decode(layout: CodeLayout, coded: torch.Tensor, output: torch.Tensor) -> None:
+    """Decode on the device of the tensors, on its current stream.
+
+    Args:
+        layout: of the coded tensor.
+        coded: the coded bytes, flat.
+        output: takes the values: flat, contiguous, of the layout's dtype and count.
+    """
+    fused = fused_decoder(output.device) if output.is_cuda else None
+    if fused is not None and not (coded.data_ptr() | output.data_ptr()) % 4:
+        with torch.cuda.device(output.device):
+            fused(layout, coded, output)
+    else:
+        decode_in_torch(layout, coded, output)
+
+
+@cache
+def fused_decoder(device: torch.device) -> Callable[..., Any] | None:
+    """Return the decoder for CUDA devices that needs Triton, None where it fails.
+
+    Compiles it when it is asked for the first time, which takes a second.
+    """
+    layout = CodeLayout(dtype=torch.bfloat16, count=2 * SEGMENT, base=1, patches=0)
+    with torch.cuda.device(device), torch.inference_mode(False):
+        nothing = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+        output = torch.empty(layout.count, dtype=layout.dtype, device=device)
+        try:
+            from .lossless_kernel import decode_in_triton
+
+            decode_in_triton(layout, nothing, output)
+        except Exception as error:  # not installed, no compiler, too old a GPU
+            logger.warning(
+                "Triton does not work here (%s: %s): weights are decoded more slowly",
+                type(error).__name__,
+                error,
+            )
+            return None
+    return decode_in_triton

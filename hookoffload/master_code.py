@@ -1,0 +1,83 @@
+"""The coded bytes of a master, which cross the link instead of its bytes at rest.
+
+[Note: coded masters]
+At rest a tensor's ``.data`` must be readable by code that knows nothing of this
+library, so it cannot be the coded bytes. They lie beside it: ``Master.flat`` is the
+tensor's bytes wherever they rest, as without a codec, and ``Master.code`` is in host
+RAM and page-locked, and what copies take. So host RAM shrinks where the bytes at rest
+are a map of a file: after `load_model`, and where the offload placement is the disk
+and the onload placement is RAM. What lies in RAM at attach stays there, and its code
+comes beside it.
+
+A code belongs to one revision of its master. Onload, for all of them at once, and
+`Layer.revision`, before a copy begins, have the code of a master that was written to
+made anew, in the same bytes; the layer keeps its geometry. Values that then need more
+patches than there is room for cross the link as they are, into the scratch, until
+others take their place.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .lossless import Coded, decode, encode_from
+from .lossless_encoder import Reader, empty_pages
+from .lossless_layout import BYTES_PER_PATCH, CodeLayout
+
+# Edited weights have other rare exponents than before, though not many more.
+_SPARE_PATCHES = 256
+
+
+class MasterCode:
+    """The coded bytes of one master.
+
+    Args:
+        layout: what the bytes mean, or are expected to.
+        revision: of the master that they stand for.
+    """
+
+    __slots__ = ("data", "fits", "layout", "nbytes", "revision")
+
+    def __init__(self, layout: CodeLayout, revision: int) -> None:
+        spare = (layout.patches // 2 + _SPARE_PATCHES) * BYTES_PER_PATCH
+        self.layout = layout
+        self.nbytes = layout.nbytes + spare // 16 * 16
+        self.data = torch.empty(0, dtype=torch.uint8)  # dropped, or only expected
+        self.revision = revision
+        self.fits = True
+
+    @classmethod
+    def of(cls, coded: Coded, revision: int) -> MasterCode:
+        """Take over coded bytes."""
+        code = cls(coded.layout, revision)
+        code.nbytes = min(code.nbytes, coded.buffer.numel())
+        code.data = coded.buffer[: code.nbytes]
+        return code
+
+    def renew(self, read: Reader, revision: int, device: torch.device) -> None:
+        """Encode other values of the same count into the same bytes.
+
+        Args:
+            read: returns values by their indices.
+            revision: of the master that they are.
+            device: where to encode.
+        """
+        coded = encode_from(read, self.layout.count, self.layout.dtype, device)
+        self.fits = coded is not None and coded.layout.nbytes <= self.nbytes
+        if not self.data.numel():
+            with torch.inference_mode(False):  # it is written to outside as well
+                self.data = empty_pages(self.nbytes)
+        if coded is not None and self.fits:
+            self.data[: coded.layout.nbytes].copy_(coded.data)
+            self.layout = coded.layout
+        # Last: behind an interrupt it is done again.
+        self.revision = revision
+
+    def drop(self) -> None:
+        """Give the memory back until `renew`."""
+        self.data = torch.empty(0, dtype=torch.uint8)
+        self.revision = -1
+
+    def decode_into(self, coded: torch.Tensor, output: torch.Tensor) -> None:
+        """Decode bytes that were copied from here, on their device."""
+        decode(self.layout, coded, output)
