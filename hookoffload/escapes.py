@@ -29,6 +29,7 @@ from .calls import CallTracker, calls_under_way
 from .containers import replace_tensors, tensors_in, tensors_within
 from .device_memory import DeviceMemory
 from .layer import Layer
+from .refusals import require_no_group_offloading
 
 if TYPE_CHECKING:
     from .hooks import Site
@@ -94,6 +95,7 @@ class Escapes:
             return
         attributes = site.module.__dict__
         if len(attributes) != site.attribute_count:
+            require_no_group_offloading(site.name or self._model_name, site.module)
             site.attribute_count = len(attributes)
             site.watched = tuple(
                 name
