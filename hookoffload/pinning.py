@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from .budget import format_gib
-from .host_memory import default_cap
+from .host_memory import default_cap, empty_pages
 from .master import Master
 from .progress import progress_bar
 
@@ -172,7 +172,7 @@ def _move_into_slab(masters: Sequence[Master]) -> None:
     for master in masters:
         offsets.append(end)
         end += -(-master.nbytes // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
-    slab = torch.frombuffer(mmap.mmap(-1, max(end, 1)), dtype=torch.uint8)
+    slab = empty_pages(max(end, 1))
     for master, offset in zip(masters, offsets, strict=True):
         place = slab[offset : offset + master.nbytes].view(master.flat.dtype)
         place.copy_(master.flat)

@@ -292,6 +292,7 @@ class Session(NotCopied):
 
     def _let_go(self) -> None:
         """Drop everything that refers to the model; the last step of detach."""
+        self.escapes.drop_left()
         self.mover.close()
         self.state_hooks.remove()
         purge_hooks(self)  # an interrupt may have come between a hook and its handle
