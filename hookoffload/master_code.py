@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import torch
 
-from .lossless import Coded, decode, encode_from
 from .host_memory import empty_pages
+from .lossless import Coded, decode, encode_from
 from .lossless_encoder import Reader
 from .lossless_layout import BYTES_PER_PATCH, CodeLayout
 
