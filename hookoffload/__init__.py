@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attach import (
+        activate,
         attach_offload_hooks,
         detach,
         offload,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .lora import add_lora, clear_lora
     from .machine import measure_rates
     from .placement import Placement
-    from .plan import Plan
+    from .plan import Plan, Plans
     from .policy import OffloadPolicy
     from .run_report import Report
     from .safetensors_header import CheckpointError
@@ -45,8 +46,10 @@ __all__ = [
     "OffloadStats",
     "Placement",
     "Plan",
+    "Plans",
     "Rates",
     "Report",
+    "activate",
     "add_lora",
     "attach_offload_hooks",
     "clear_lora",
@@ -70,8 +73,10 @@ _MODULES = {
     "OffloadStats": "stats",
     "Placement": "placement",
     "Plan": "plan",
+    "Plans": "plan",
     "Rates": "cost",
     "Report": "run_report",
+    "activate": "attach",
     "add_lora": "lora",
     "attach_offload_hooks": "attach",
     "clear_lora": "lora",

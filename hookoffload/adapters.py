@@ -265,6 +265,7 @@ class Adapters:
         nbytes = _total(self._by_module)
         if self._block is not None or not nbytes:
             return
+        self._session.make_room(nbytes)
         self._block = self._session.mover.memory.allocate("adapters", nbytes)
         memory = self._block.bytes
         for adapter in self._by_module.values():

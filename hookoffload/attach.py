@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from torch import nn
 
+from .checks import check_model, check_owners, check_policy, warn_of_unmatched
+from .group import Group
+from .members import Models, Pipeline, are_several, distinct, group_of, members_of
 from .partition import check_tensors
+from .pipeline_hook import PipelineHook
+from .plan import Plan, Plans
 from .policy import OffloadPolicy
 from .preview import (
     Checkpoint,
@@ -22,46 +26,51 @@ from .preview import (
 from .progress import progress_shown
 from .safetensors_file import TensorLocation
 from .session import Session
-from .state_hooks import owner_of, session_of
+from .state_hooks import session_of
+from .stats import OffloadStats
 
 if TYPE_CHECKING:
     from .cost import Rates
-    from .plan import Plan
     from .run_report import Report
-    from .stats import OffloadStats
-
-logger = logging.getLogger(__name__)
 
 _ATTACHING = threading.RLock()
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ModelsT = TypeVar("ModelsT", bound=Models)
 
 
 def attach_offload_hooks(
-    model: ModuleT, policy: OffloadPolicy | None = None, *, progress: bool = True
-) -> ModuleT:
-    """Let a model run although its weights do not fit the compute device.
+    models: ModelsT, policy: OffloadPolicy | None = None, *, progress: bool = True
+) -> ModelsT:
+    """Let models run although their weights do not fit the compute device.
 
     Hooks bring each layer's weights to the device for its forward; a plan decides
     which of them stay there, so that the whole run keeps the limit. No module and no
     parameter is replaced, and nothing is moved before the plan stands: whatever is
-    wrong, the error comes with the model as it was.
+    wrong, the error comes with the models as they were.
+
+    Several models share one limit. Each becomes active by being called; what the others
+    keep on the device gives way only as far as the active one needs it.
 
     Args:
-        model: any module, its parameters in host RAM (or on a device, from which
-            they are taken).
+        models: any module, its parameters in host RAM (or on a device, from which
+            they are taken); a mapping of names to modules; or anything that has one as
+            ``.components``, as diffusers' pipelines do. Components that are not
+            modules are left alone.
         policy: how much memory, where and in which dtypes; default: unlimited, on the
             accelerator if there is one.
         progress: show bars for what takes longer than a second.
 
     Returns:
-        The same model.
+        The same object.
 
     Raises:
-        ValueError: The policy does not fit this model or machine.
-        BudgetExceededError: The limit is below the least that the model needs; the
+        ValueError: The policy does not fit these models or this machine, or two of
+            the models share modules or tensors.
+        BudgetExceededError: The limit is below the least that a model needs; the
             message says how much that is and why.
-        RuntimeError: The model, or a part of it, is attached already.
+        RuntimeError: A model, or a part of it, is attached already, or carries
+            accelerate's hooks.
 
     Example:
         >>> import torch
@@ -72,26 +81,69 @@ def attach_offload_hooks(
         torch.Size([1, 8])
         >>> model = detach(model)
     """
+    policy = policy or OffloadPolicy()
     with progress_shown(progress):
-        return _attach(model, policy or OffloadPolicy(), {})
+        if are_several(models):
+            _attach_several(models, policy)
+        else:
+            model: Any = models
+            _attach(model, policy, {})
+    return models
 
 
 def _attach(
     model: ModuleT, policy: OffloadPolicy, locations: dict[str, TensorLocation]
 ) -> ModuleT:
-    _check_policy(policy)
+    check_policy(policy)
     with _ATTACHING:  # of two threads with one model, the second finds it attached
-        _check_model(model)
-        _check_owners(model)
+        check_model(model)
+        check_owners(model)
         resolved = policy.resolve()
         check_tensors(model)
         session = Session(model, resolved, locations, poison=policy.debug)
-        _warn_of_unmatched(session)
+        warn_of_unmatched([session])
         session.begin()
     return model
 
 
-def detach(model: ModuleT) -> ModuleT:
+def _attach_several(
+    models: Mapping[str, Any] | Pipeline, policy: OffloadPolicy
+) -> None:
+    check_policy(policy)
+    with _ATTACHING, ExitStack() as undo:
+        members = distinct(members_of(models))
+        resolved = policy.resolve()
+        group = Group(resolved, members)
+        for name, model in members.items():
+            with _named(name):
+                check_model(model)
+                check_owners(model)
+                check_tensors(model)
+        for name, model in members.items():
+            with _named(name):
+                group.members[name] = Session(
+                    model, resolved, {}, poison=policy.debug, group=group
+                )
+        warn_of_unmatched(group.sessions)
+        for name, session in group.members.items():
+            with _named(name):
+                session.begin()
+            undo.callback(session.end)
+            PipelineHook(session, name).register()
+        undo.pop_all()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say in an error which of several models it is about."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        error.args = (f"{name}: {error}", *error.args[1:])
+        raise
+
+
+def detach(models: ModelsT) -> ModelsT:
     """Undo `attach_offload_hooks`: no hook is left, every tensor is where it was.
 
     Works after any exception, also one raised in the middle of a forward. A model
@@ -100,13 +152,13 @@ def detach(model: ModuleT) -> ModuleT:
     until it is used.
 
     Args:
-        model: an attached model.
+        models: what was attached. Models that share a limit are detached together.
 
     Returns:
-        The same model.
+        The same object.
 
     Raises:
-        RuntimeError: The model is not attached, or is running.
+        RuntimeError: It is not attached, or is running.
 
     Example:
         >>> import torch
@@ -114,20 +166,24 @@ def detach(model: ModuleT) -> ModuleT:
         >>> detach(model)
         Linear(in_features=2, out_features=2, bias=True)
     """
-    session = _session(model, "detach")
-    with session.by_hand("detach"):
-        session.end()
-    return model
+    sessions = _sessions(models, "detach")
+    _require_whole(models, sessions, "detach")
+    with ExitStack() as owned, ExitStack() as ends:
+        for session in sessions:
+            owned.enter_context(session.by_hand("detach"))
+        for session in sessions:
+            ends.callback(session.end)  # each, whatever becomes of the others
+    return models
 
 
 @contextmanager
 def offloaded(
-    model: ModuleT, policy: OffloadPolicy | None = None, **fields: Any
-) -> Iterator[ModuleT]:
+    models: ModelsT, policy: OffloadPolicy | None = None, **fields: Any
+) -> Iterator[ModelsT]:
     """Attach for the length of a ``with`` block.
 
     Args:
-        model: any module.
+        models: as for `attach_offload_hooks`.
         policy: as for `attach_offload_hooks`.
         **fields: fields of `OffloadPolicy`, instead of a policy.
 
@@ -146,60 +202,108 @@ def offloaded(
             f"offloaded() takes either a policy or fields of one, not both: "
             f"policy={policy!r} and {', '.join(fields)}"
         )
-    attach_offload_hooks(model, policy or OffloadPolicy(**fields))
+    attach_offload_hooks(models, policy or OffloadPolicy(**fields))
     try:
-        yield model
+        yield models
     finally:
-        if session_of(model) is not None:
-            detach(model)
+        if _are_attached(models):
+            detach(models)
 
 
-def onload(model: nn.Module) -> None:
-    """Bring an attached model to its onload placement now, not at its next forward.
-
-    Args:
-        model: an attached model.
-
-    Raises:
-        RuntimeError: The model is not attached, or is running.
-    """
-    session = _session(model, "onload")
-    with session.by_hand("onload"):
-        session.onload()
-
-
-def offload(model: nn.Module) -> None:
-    """Bring an attached model to its offload placement.
-
-    The library keeps no memory of the compute device for it, and none of the host's if
-    it offloads to disk. The next forward brings it back by itself.
+def onload(models: Models) -> None:
+    """Bring attached models to their onload placement now, not at the next forward.
 
     Args:
-        model: an attached model.
+        models: what was attached, or one of several models.
 
     Raises:
-        RuntimeError: The model is not attached, or is running.
+        RuntimeError: They are not attached, or are running.
     """
-    session = _session(model, "offload")
-    with session.by_hand("offload"):
-        session.offload()
+    for session in _sessions(models, "onload"):
+        with session.by_hand("onload"):
+            session.onload()
 
 
-def set_limit(model: nn.Module, limit_gb: float | Literal["auto"] | None) -> None:
-    """Give an attached model another limit, from its next forward on.
+def offload(models: Models) -> None:
+    """Bring attached models to their offload placement.
+
+    The library keeps no memory of the compute device for them, and none of the host's
+    if they offload to disk. The next forward brings a model back by itself.
+
+    Args:
+        models: what was attached, or one of several models.
+
+    Raises:
+        RuntimeError: They are not attached, or are running.
+    """
+    for session in _sessions(models, "offload"):
+        with session.by_hand("offload"):
+            session.offload()
+
+
+def activate(models: Models, names: Sequence[str]) -> None:
+    """Say which of several models are needed now: they onload, the others offload.
+
+    There is no need to: a model becomes active by being called, and what then gives
+    way is chosen by the order in which models were called before. This is for what
+    only the program knows. Models that are named together also keep their place in
+    host RAM while they are called in turns, where others that offload to disk leave
+    it; that ends when a model is called that was not named.
+
+    Args:
+        models: what was attached: a mapping of modules, or a pipeline.
+        names: the models that are needed; none: all offload.
+
+    Raises:
+        ValueError: A name is unknown.
+        RuntimeError: The models are not attached, or one of them is running.
+
+    Example:
+        >>> import torch
+        >>> models = {"text": torch.nn.Linear(2, 2), "vae": torch.nn.Linear(2, 2)}
+        >>> models = attach_offload_hooks(models, OffloadPolicy(compute_device="cpu"))
+        >>> activate(models, ["vae"])
+        >>> activate(models, [])
+        >>> models = detach(models)
+    """
+    if isinstance(names, str):
+        raise ValueError(f"names={names!r} is a string; give a list: [{names!r}]")
+    if not are_several(models):
+        raise ValueError(
+            "activate takes what holds several models, a mapping or a pipeline, and "
+            f"not a {type(models).__name__}; for one model there are onload and offload"
+        )
+    sessions = _sessions(models, "activate")
+    members = members_of(models)
+    chosen = []
+    for name in names:
+        session = session_of(members[name]) if name in members else None
+        if session is None:
+            raise ValueError(
+                f"there is no model {name!r} among those that are attached: "
+                f"{', '.join(n for n, m in members.items() if session_of(m))}"
+            )
+        chosen.append(session)
+    group = sessions[0].group
+    assert group is not None, "several models are attached as a group"
+    group.choose(chosen)
+
+
+def set_limit(models: Models, limit_gb: float | Literal["auto"] | None) -> None:
+    """Give attached models another limit, from the next forward on.
 
     Few layers move: the residents of the smaller limit are among those of the larger.
 
     Args:
-        model: an attached model.
+        models: what was attached. Models that share a limit have one for all of them.
         limit_gb: in GiB; None is unlimited, 0 as little as possible, "auto" what is
             free on the compute device now, less a tenth.
 
     Raises:
         ValueError: The limit is not a number, or negative.
-        BudgetExceededError: It is below the least that the model needs; the old limit
+        BudgetExceededError: It is below the least that a model needs; the old limit
             stands.
-        RuntimeError: The model is not attached, or is running.
+        RuntimeError: The models are not attached, or are running.
 
     Example:
         >>> import torch
@@ -209,20 +313,45 @@ def set_limit(model: nn.Module, limit_gb: float | Literal["auto"] | None) -> Non
         1.5
         >>> model = detach(model)
     """
-    session = _session(model, "set_limit")
-    device = session.policy.compute_device
+    sessions = _sessions(models, "set_limit")
+    _require_whole(models, sessions, "set_limit")
+    device = sessions[0].policy.compute_device
     asked = OffloadPolicy(limit_gb=limit_gb, compute_device=device)
     limit = asked.resolve().limit_bytes
-    with session.by_hand("set_limit"):
-        session.set_limit(limit)
+    group = sessions[0].group
+    with ExitStack() as owned:
+        for session in sessions:
+            owned.enter_context(session.by_hand("set_limit"))
+        if group is None:
+            sessions[0].set_limit(limit)
+        else:
+            group.set_limit(limit)
 
 
+@overload
 def offload_plan(
-    model_or_checkpoint: nn.Module | Checkpoint,
+    models: nn.Module | Checkpoint,
     policy: OffloadPolicy | None = None,
     *,
     rates: Rates | None = None,
-) -> Plan:
+) -> Plan: ...
+
+
+@overload
+def offload_plan(
+    models: Mapping[str, Any] | Pipeline,
+    policy: OffloadPolicy | None = None,
+    *,
+    rates: Rates | None = None,
+) -> Plans: ...
+
+
+def offload_plan(
+    models: Models | Checkpoint,
+    policy: OffloadPolicy | None = None,
+    *,
+    rates: Rates | None = None,
+) -> Plan | Plans:
     """Return what is resident, what streams, and what a pass costs.
 
     Nothing runs, moves or loads for it. A checkpoint is planned from the headers of
@@ -230,15 +359,16 @@ def offload_plan(
     as read by every pass, because only the model knows better.
 
     Args:
-        model_or_checkpoint: an attached model; any other model, with a policy; or a
-            checkpoint as `load_model` takes it: a safetensors file, several, or a
-            folder.
+        models: an attached model; any other model, with a policy; several of either
+            kind, as `attach_offload_hooks` takes them; or a checkpoint as `load_model`
+            takes it: a safetensors file, several, or a folder.
         policy: what to plan for; default for a checkpoint: unlimited. Its devices
             need not be there. An attached model has its own.
         rates: how fast the machine is; with them the plan says how long a pass takes.
 
     Returns:
-        The plan; ``print`` it for a table in GiB.
+        The plan; ``print`` it for a table in GiB. Of several models a mapping of
+        their names to their plans, each as if the model had the limit for itself.
 
     Raises:
         RuntimeError: The model is not attached, and no policy is given.
@@ -253,41 +383,59 @@ def offload_plan(
         >>> offload_plan(model, policy)
         Plan(2 of 8 layers resident, 6 streamed)
     """
-    if isinstance(model_or_checkpoint, str | os.PathLike | list | tuple):
-        _check_policy(policy or OffloadPolicy())
-        checkpoint = model_or_checkpoint
-        return plan_of_checkpoint(checkpoint, policy or OffloadPolicy(), rates)
-    model = model_or_checkpoint
+    if isinstance(models, str | os.PathLike | list | tuple):
+        check_policy(policy or OffloadPolicy())
+        return plan_of_checkpoint(models, policy or OffloadPolicy(), rates)
+    if are_several(models):
+        members = distinct(members_of(models))
+        if policy is None or _are_attached(models):
+            members = {
+                name: model for name, model in members.items() if session_of(model)
+            }
+        if policy is None:
+            _sessions(models, "offload_plan", "; or pass a policy to plan for")
+        return Plans({n: _plan_of(m, policy, rates) for n, m in members.items()})
+    return _plan_of(models, policy, rates)
+
+
+def _plan_of(model: Any, policy: OffloadPolicy | None, rates: Rates | None) -> Plan:
     if policy is None or (isinstance(model, nn.Module) and session_of(model)):
-        session = _session(model, "offload_plan", "; or pass a policy to plan for")
+        what = "; or pass a policy to plan for"
+        session = _session(model, "offload_plan", what)
         if policy is not None:
             raise ValueError(
                 f"{type(model).__name__} is attached and has a policy: leave policy "
                 "out. offload_plan(model).curve(limits_gb=[...]) plans for other limits"
             )
         return plan_of_session(session, rates)
-    _check_model(model)
-    _check_policy(policy)
+    check_model(model)
+    check_policy(policy)
     return plan_of_model(model, policy, rates)
 
 
-def offload_stats(model: nn.Module) -> OffloadStats:
+def offload_stats(models: Models) -> OffloadStats:
     """Return what has happened since attach: bytes, peak, stalls, hits and misses.
 
     Args:
-        model: an attached model.
+        models: what was attached, or one of several models. Of all of them, the
+            figures are sums, and the peak is that of the limit which they share.
 
     Raises:
-        RuntimeError: The model is not attached.
+        RuntimeError: They are not attached.
     """
-    return _session(model, "offload_stats").stats()
+    sessions = _sessions(models, "offload_stats")
+    group = sessions[0].group
+    if group is None or not are_several(models):
+        return sessions[0].stats()
+    by_model = {n: s.stats() for n, s in group.members.items() if not s.ended}
+    return OffloadStats.of_several(by_model, group.budget)
 
 
 def report(model: nn.Module) -> Report:
     """Return what a model has done that was attached with ``record=True``.
 
     Args:
-        model: an attached model.
+        model: an attached model; of several, one of them.
 
     Returns:
         The report; ``print`` it, or ``save`` it as a page to look at.
@@ -310,70 +458,51 @@ def report(model: nn.Module) -> Report:
         return session.report()
 
 
-def _session(model: nn.Module, what: str, or_else: str = "") -> Session:
-    session = session_of(model) if isinstance(model, nn.Module) else None
+def _sessions(models: Models, what: str, or_else: str = "") -> list[Session]:
+    """Return the sessions of what is attached.
+
+    Raises:
+        RuntimeError: It is not, or is a part of what is.
+    """
+    if are_several(models):
+        group = group_of(models)
+        if group is not None:
+            return group.sessions
+    session = session_of(models) if isinstance(models, nn.Module) else None
     if session is None:
         raise RuntimeError(
-            f"{what}: {type(model).__name__} has no offload hooks; call "
+            f"{what}: {type(models).__name__} has no offload hooks; call "
             f"attach_offload_hooks(model, policy) first{or_else}"
         )
-    if session.model is not model:
+    if session.model is not models:
         raise RuntimeError(
-            f"{what}: {type(model).__name__} is a part of a "
+            f"{what}: {type(models).__name__} is a part of a "
             f"{type(session.model).__name__} that has offload hooks; pass that"
         )
-    return session
+    return [session]
 
 
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    for name, module in model.named_modules():
-        session = session_of(module)
-        if session is not None:
-            what = name or type(model).__name__
-            raise RuntimeError(
-                f"{what} has offload hooks already (attached as "
-                f"{type(session.model).__name__}); call detach on that model first"
-            )
-        if getattr(module, "_hf_hook", None) is not None:
-            raise RuntimeError(
-                f"{name or type(model).__name__} carries accelerate's hooks "
-                f"({type(module._hf_hook).__name__}: device_map, cpu_offload or "
-                "enable_model_cpu_offload), which move the same weights. Call "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True) first, "
-                "or load without device_map"
-            )
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"{name or type(model).__name__} was compiled in place "
-                "(module.compile()), and hooks that come later may not run around "
-                "compiled calls. Attach first, and compile after that"
-            )
-
-
-def _check_owners(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        owner = owner_of(tensor)
-        if owner is not None and not owner.ended:
-            raise RuntimeError(
-                f"{name} belongs to a {type(owner.model).__name__} that has offload "
-                "hooks attached already, and two models cannot both move it. Call "
-                "detach on that model first, or attach one module that holds both"
-            )
-
-
-def _check_policy(policy: OffloadPolicy) -> None:
-    if not isinstance(policy, OffloadPolicy):
+def _session(model: nn.Module, what: str, or_else: str = "") -> Session:
+    """Return the session of one model."""
+    if are_several(model):
         raise ValueError(
-            f"policy must be an OffloadPolicy, not {type(policy).__name__}; for "
-            "example OffloadPolicy(limit_gb=2)"
+            f"{what} takes one model, and {type(model).__name__} holds several: "
+            f"{', '.join(members_of(model))}. Pass one of these"
         )
+    return _sessions(model, what, or_else)[0]
 
 
-def _warn_of_unmatched(session: Session) -> None:
-    if session.policy.module_map.is_registry:
-        return  # written for every model of a family: not each entry need match
-    for key, near in session.map.unmatched(session.model.modules()):
-        hint = f"; the model has {', '.join(near)}" if near else ""
-        logger.warning("module_map: no module of the model is a %s%s", key, hint)
+def _are_attached(models: Models) -> bool:
+    if are_several(models):
+        return group_of(models) is not None
+    return isinstance(models, nn.Module) and session_of(models) is not None
+
+
+def _require_whole(models: Models, sessions: list[Session], what: str) -> None:
+    """Raise if one of several models is given where only all of them make sense."""
+    group = sessions[0].group
+    if group is not None and not are_several(models):
+        raise RuntimeError(
+            f"{what}: {group.name_of(sessions[0])} shares its limit with other models "
+            f"({', '.join(group.members)}); pass the pipeline, or the mapping of all"
+        )

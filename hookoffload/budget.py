@@ -108,13 +108,18 @@ class MemoryBudget:
         "_peak",
         "_used",
         "_watcher",
+        "_within",
     )
 
-    def __init__(self, limit_bytes: int | None) -> None:
+    def __init__(
+        self, limit_bytes: int | None, *, within: MemoryBudget | None = None
+    ) -> None:
         """Starts with nothing reserved.
 
         Args:
             limit_bytes: The most bytes that may be reserved at once; None: no limit.
+            within: A budget that several share: every byte is reserved with it too,
+                and its limit holds for all of them together.
 
         Raises:
             ValueError: If the limit is negative.
@@ -126,6 +131,7 @@ class MemoryBudget:
         self._peak = 0
         self._at_peak: dict[str, int] = {}
         self._watcher: Callable[[Mapping[str, int]], None] | None = None
+        self._within = within
 
     def watch(self, watcher: Callable[[Mapping[str, int]], None]) -> None:
         """Has every change told to somebody.
@@ -153,6 +159,8 @@ class MemoryBudget:
                 raise BudgetExceededError(self._refusal(kind, nbytes, what))
             if nbytes == 0:
                 return
+            if self._within is not None:
+                self._within.reserve(kind, nbytes, what)
             self._by_kind[kind] = self._by_kind.get(kind, 0) + nbytes
             self._used += nbytes
             if self._used > self._peak:
@@ -181,6 +189,8 @@ class MemoryBudget:
                 self._by_kind[kind] = left
             else:
                 self._by_kind.pop(kind, None)
+            if self._within is not None:
+                self._within.release(kind, nbytes)
             if self._watcher is not None:
                 self._watcher(self._by_kind)
 
@@ -191,6 +201,8 @@ class MemoryBudget:
             nbytes: Bytes, not negative.
         """
         with self._lock:
+            if self._within is not None and not self._within.fits(nbytes):
+                return False
             return self._fits(nbytes)
 
     def set_limit(self, limit_bytes: int | None) -> None:
@@ -211,12 +223,19 @@ class MemoryBudget:
     @property
     def limit_bytes(self) -> int | None:
         """The most bytes that may be reserved at once; None: no limit."""
+        if self._limit_bytes is None and self._within is not None:
+            return self._within.limit_bytes
         return self._limit_bytes
 
     @property
     def used(self) -> int:
         """Bytes reserved now."""
         return self._used
+
+    @property
+    def total_used(self) -> int:
+        """Bytes reserved now by all that share the limit."""
+        return self._used if self._within is None else self._within.total_used
 
     @property
     def peak(self) -> int:

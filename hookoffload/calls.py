@@ -110,17 +110,16 @@ class CallTracker:
     Attributes:
         owner: the thread that is inside.
         depth: how many levels deep.
-        held: whether the owner is inside by hand (`detach`), not by a call.
     """
 
     __slots__ = (
         "_free",
+        "_held_from",
         "_lenders",
         "_lock",
         "_modules",
         "_waiting",
         "depth",
-        "held",
         "owner",
     )
 
@@ -132,7 +131,12 @@ class CallTracker:
         self._waiting: deque[int] = deque()  # first come, first served
         self.owner: int | None = None
         self.depth = 0
-        self.held = False
+        self._held_from = 0  # the level from which on the owner is inside by hand
+
+    @property
+    def held(self) -> bool:
+        """Whether the owner is inside by hand (`detach`), not by a call."""
+        return self._held_from > 0
 
     def enter(self, *, by_hand: bool = False) -> bool:
         """Go one level deeper, waiting until no other thread is inside.
@@ -157,7 +161,8 @@ class CallTracker:
                         self._waiting.remove(me)
                 self.owner = me
             self.depth += 1
-            self.held = self.held or by_hand
+            if by_hand and not self._held_from:
+                self._held_from = self.depth
             return stale
 
     def _wait_for_turn(self) -> bool:
@@ -169,7 +174,7 @@ class CallTracker:
                 continue
             if not self._owner_is_inside(owner):
                 self._lenders.clear()
-                self.depth, self.held = 0, False
+                self.depth = self._held_from = 0
                 return True
             if not self.held and _waits_for_another(owner):
                 self._lenders.append((owner, self.depth))
@@ -196,12 +201,19 @@ class CallTracker:
         """Come one level up; at the top, let the next thread in."""
         with self._lock:
             self.depth -= 1
+            if self.depth < self._held_from:
+                self._held_from = 0
             if self._lenders and self.depth == self._lenders[-1][1]:
                 self.owner, self.depth = self._lenders.pop()
                 self._free.notify_all()
             elif self.depth == 0:
-                self.owner, self.held = None, False
+                self.owner = None
                 self._free.notify_all()
+
+    def back_to_outermost(self) -> None:
+        """Forget the levels that an interrupt left behind; one goes on."""
+        self.depth = 1
+        self._held_from = min(self._held_from, 1)
 
     @property
     def is_guest(self) -> bool:
@@ -216,6 +228,13 @@ class CallTracker:
         """Tell whether the current thread really is inside the model."""
         return any(id(m) in self._modules for m in calls_under_way())
 
+    def is_running(self) -> bool:
+        """Tell whether a thread really is inside, and not a level left behind."""
+        if not self.depth or self.owner is None:
+            return False
+        owners = [self.owner, *(lender for lender, _ in self._lenders)]
+        return any(map(self._owner_is_inside, owners))
+
     def _has_lent(self, me: int) -> bool:
         return any(lender == me for lender, _ in self._lenders)
 
@@ -229,3 +248,40 @@ class CallTracker:
         called = calls_under_way(owner)
         inside = any(id(module) in self._modules for module in called)
         return inside or in_state_dict(owner)
+
+
+class TurnTaker(CallTracker):
+    """Tracks one of several models, of which one thread at a time is inside any.
+
+    Args:
+        modules: as for `CallTracker`.
+        turns: tracks all of them. It is entered first and left last, at every level, so
+            that two threads never hold what the other one waits for. Levels that an
+            interrupt leaves behind in it do no harm: whoever waits finds the owner
+            outside.
+    """
+
+    __slots__ = ("_turns",)
+
+    def __init__(self, modules: frozenset[int], turns: CallTracker) -> None:
+        super().__init__(modules)
+        self._turns = turns
+
+    def enter(self, *, by_hand: bool = False) -> bool:
+        """Go one level deeper, when no other thread is inside any of the models."""
+        self._turns.enter(by_hand=by_hand)
+        try:
+            return super().enter(by_hand=by_hand)
+        except BaseException:
+            self._turns.leave()
+            raise
+
+    def resume(self) -> None:
+        """Wait until the guests of the current thread have left."""
+        self._turns.resume()
+        super().resume()
+
+    def leave(self) -> None:
+        """Come one level up."""
+        super().leave()
+        self._turns.leave()

@@ -13,10 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from .refusals import NotCopied
+
 _DEEPEST = 8  # containers in containers; deeper ones are somebody's graph of objects
 
-# What holds no tensor of a forward, or (modules) holds those of the model itself.
-_CLOSED = (str, bytes, int, float, complex, Enum, type, types.ModuleType, nn.Module)
+# What holds no tensor of a forward, or (modules, and what the library hangs on them)
+# holds those of the model itself.
+_CLOSED = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    Enum,
+    type,
+    types.ModuleType,
+    nn.Module,
+    NotCopied,
+)
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:

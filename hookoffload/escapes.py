@@ -29,6 +29,7 @@ from .calls import CallTracker, calls_under_way
 from .containers import replace_tensors, tensors_in, tensors_within
 from .device_memory import DeviceMemory
 from .layer import Layer
+from .refusals import require_no_group_offloading
 
 if TYPE_CHECKING:
     from .hooks import Site
@@ -55,6 +56,9 @@ class Escapes:
         self._names: dict[int, str] = {}
         self._guard: torch.autograd.graph.saved_tensors_hooks | None = None
         self._guarded: threading.Thread | None = None
+        # Guards of interrupted calls that another thread took note of: only the thread
+        # that has one on its stack can take it off.
+        self._left: list[tuple[torch.autograd.graph.saved_tensors_hooks, int]] = []
 
     def set_sites(self, sites: Iterable[Site]) -> None:
         """Learn the names of modules, for errors."""
@@ -94,6 +98,7 @@ class Escapes:
             return
         attributes = site.module.__dict__
         if len(attributes) != site.attribute_count:
+            require_no_group_offloading(site.name or self._model_name, site.module)
             site.attribute_count = len(attributes)
             site.watched = tuple(
                 name
@@ -177,6 +182,7 @@ class Escapes:
         """
         if self._guard is not None:
             return
+        self.drop_left()
         # An interrupted call leaves the hook behind: it must not keep the model.
         escapes = weakref.ref(self)
 
@@ -199,7 +205,21 @@ class Escapes:
     def drop_guard(self) -> None:
         """Undo `guard_graph`; one that another thread left stays there, inert."""
         guard, self._guard = self._guard, None
-        if guard is not None and self._guarded is threading.current_thread():
+        guarded, self._guarded = self._guarded, None
+        if guard is None or guarded is None:
+            return
+        if guarded is threading.current_thread():
+            guard.__exit__()
+        elif guarded.is_alive():
+            self._left.append((guard, guarded.ident or 0))
+
+    def drop_left(self) -> None:
+        """Take off what interrupted calls left in this thread, behind others' backs."""
+        me = threading.get_ident()
+        mine = [guard for guard, thread in self._left if thread == me]
+        if mine:
+            self._left = [left for left in self._left if left[1] != me]
+        for guard in mine:
             guard.__exit__()
 
     def _refuse_to_keep(self, tensor: torch.Tensor) -> torch.Tensor:

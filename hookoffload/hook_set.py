@@ -45,6 +45,8 @@ class HookSet:
     def hang_all(self) -> None:
         """Hang the hooks of every site."""
         self._hang(self._session.sites)
+        for entry in self._session.entries:
+            entry.register()
         self.all_off = False
 
     def take_off(self) -> None:
@@ -63,7 +65,8 @@ class HookSet:
         plan = session.mover.plan
         if plan is None or self._slimmed_for is plan or self.all_off:
             return
-        if session.all_stay:
+        # One of several models has to hear of every call: its residents may give way.
+        if session.all_stay and session.group is None:
             self._hang([site for site in session.sites if site.casts_buffers])
             self.all_off = True
             return
@@ -95,7 +98,7 @@ class HookSet:
         session.mover.order.hear_all()
         wanted = [site for site in wanted if site is not session.root_site]
         kept = set(map(id, wanted))
-        for site in session.sites:
+        for site in (*session.sites, *session.entries):
             if id(site) not in kept:
                 site.remove()
         for site in wanted:

@@ -182,7 +182,7 @@ class Site(NotCopied):
         entered: list[Layer] = []
         try:
             if outermost:
-                session.begin_outermost_call()
+                session.passes.begin_part(self.name, args, kwargs)
             for layer in self.layers:
                 session.bind(layer)
                 entered.append(layer)
@@ -218,9 +218,14 @@ class Site(NotCopied):
             escapes.clear_attributes(self)
         finally:
             self.active -= 1
-            for layer in reversed(self.layers):
-                session.release(layer)
-            session.leave_call()
+            try:
+                for layer in reversed(self.layers):
+                    session.release(layer)
+                if session.calls.depth == 1:
+                    failed = output is None and sys.exc_info()[0] is not None
+                    session.passes.end_part(complete=not failed)
+            finally:
+                session.leave_call()
         return kept
 
     def forget_calls(self) -> None:

@@ -1,4 +1,4 @@
-"""How much memory there is: what may be locked, and what a limit can be set to."""
+"""Memory of the host and of devices: what there is, what may be locked, new pages."""
 
 from __future__ import annotations
 
@@ -100,3 +100,10 @@ def _meminfo(field: str) -> int:
         return 2**62  # no Linux: the system refuses what it does not want to give
     values = [int(line.split()[1]) for line in lines if line.startswith(field + ":")]
     return values[0] * 1024 if values else 2**62
+
+
+def empty_pages(nbytes: int) -> torch.Tensor:
+    """Return memory that shares no page with other data."""
+    # Private, or a forked child would write to its parent's.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)

@@ -6,13 +6,13 @@ not grow with the tensor.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+from .host_memory import empty_pages
 from .lossless_layout import (
     BLOCK,
     BYTES_PER_PATCH,
@@ -106,13 +106,6 @@ def encode_values(
         coded[: layout.starts_at].copy_(planes)
     _write_patches(coded, layout, torch.cat(indices), torch.cat(values))
     return layout, coded
-
-
-def empty_pages(nbytes: int) -> torch.Tensor:
-    """Return memory that shares no page with other data."""
-    # Private, or a forked child would write to its parent's.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
 
 
 def _choose_base(read: Reader, count: int, device: torch.device) -> tuple[int, float]:

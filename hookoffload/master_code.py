@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import torch
 
+from .host_memory import empty_pages
 from .lossless import Coded, decode, encode_from
-from .lossless_encoder import Reader, empty_pages
+from .lossless_encoder import Reader
 from .lossless_layout import BYTES_PER_PATCH, CodeLayout
 
 # Edited weights have other rare exponents than before, though not many more.

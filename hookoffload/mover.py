@@ -67,6 +67,8 @@ class LayerMover:
         self.plan: Plan | None = None
         self.recorder: Recorder | None = None
         self.on_evict: Callable[[Layer], None] | None = None
+        # Asked to have other models give way, so that so many bytes fit.
+        self.ask_others: Callable[[int], None] | None = None
         self._ranges = LayerRanges()
         self.window = Window(self.memory, self.engine, poison=poison)
         self.reached_bytes = 0  # taken when `apply` last ran out of memory
@@ -283,7 +285,7 @@ class LayerMover:
         limit, plan = self.memory.budget.limit_bytes, self.plan
         if limit is None or plan is None:
             return plan is not None and self.device.type != "cpu"
-        beside = self.memory.budget.used + plan.activation_bytes
+        beside = self.memory.budget.total_used + plan.activation_bytes
         return beside + align(nbytes) <= limit
 
     def _take_scratch(self, layer: Layer) -> None:
@@ -300,6 +302,8 @@ class LayerMover:
 
     def _make_room_for(self, nbytes: int) -> None:
         """Give up residents that are not in use until so many bytes fit the limit."""
+        if self.ask_others is not None:
+            self.ask_others(align(nbytes))
         for layer in self.layers:
             if self.memory.budget.fits(align(nbytes)):
                 return
@@ -400,6 +404,35 @@ class LayerMover:
             self.memory.free(block)
         layer.resident = None
         layer.copied_revision = -1
+
+    @property
+    def in_use(self) -> bool:
+        """Whether some layer is bound for a forward."""
+        return any(layer.bound for layer in self.layers)
+
+    def free_window(self) -> None:
+        """Give back what streamed layers pass through; nothing may be in use."""
+        for layer in self.layers:
+            if layer.copy is not None and layer.region is not None:
+                self._cancel(layer)
+        self.window.free()
+        self.plan = None
+
+    def give_up_residents(self, enough: Callable[[], bool]) -> None:
+        """Make residents rest that are not in use, those that are needed last first.
+
+        Args:
+            enough: says whether to stop.
+        """
+        last_first = list(dict.fromkeys(self.order.whole))[::-1]
+        absent = set(range(len(self.layers))).difference(last_first)
+        for index in (*absent, *last_first):
+            if enough():
+                return
+            layer = self.layers[index]
+            if layer.resident is not None and not layer.bound:
+                layer.keep = False
+                self.evict(layer)
 
     def sync(self, layer: Layer) -> None:
         """Bring what was written to a resident into its masters."""

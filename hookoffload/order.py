@@ -71,6 +71,11 @@ class ExecutionOrder:
         return self._sequence[0] if self._sequence else None
 
     @property
+    def whole(self) -> tuple[int, ...]:
+        """The current prediction, with the layers whose visits are not heard of."""
+        return self._whole
+
+    @property
     def recorded(self) -> tuple[int, ...]:
         """The visits of the current pass, or of the last one when none is running."""
         return tuple(self._recorded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +15,15 @@ from .planner import LayerSpec, Plan, make_plan
 from .policy import ResolvedPolicy
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Measured:
+    """What a pass took beside the library, bytes; the size of its inputs, elements."""
+
+    size: int
+    activations: int
+    held: int  # of it, what there was before and after
 
 
 class PassPlanner:
@@ -43,8 +53,12 @@ class PassPlanner:
         self._looked_up: frozenset[int] = frozenset()
         self._order: tuple[int, ...] = ()
         self._activations: int | None = None  # measured, bytes
-        self._held: int = 0  # bytes of other code when they were measured
-        self._size = -1  # input elements of the largest pass so far
+        self._entries: dict[str, _Measured] = {}  # by the module that was called
+        self._entry = ""  # of the pass that runs now
+        self._size = 0  # of its inputs, in elements
+        self._taken = 0  # bytes of the limit that other models keep
+        self._reduced: tuple[int, Plan, Plan] | None = None  # see `beside`
+        self._streaming: tuple[Plan, int] | None = None  # see `streaming_bytes`
         self._adapter_bytes = 0
         self._measuring = False
         self._warned = False
@@ -77,34 +91,81 @@ class PassPlanner:
         """Drop what refers to layers, behind detach."""
         self._assembly = None
 
-    def for_pass(self, input_elements: int, *, probing: bool) -> Plan:
+    def for_pass(self, input_elements: int, *, probing: bool, entry: str = "") -> Plan:
         """Return the plan for a pass that begins now.
 
         Args:
             input_elements: how many elements the tensors among the inputs have.
             probing: layers may turn out to be needed at once that were not foreseen.
+            entry: the module that is called by itself; empty for the root. How large
+                inputs were, and what a pass needed, says nothing of other modules.
         """
         limit = self._limit
         if limit and not self._memory.measures_peak and probing:
-            spare = max(limit - self.plan.least_bytes, 0) * 3 // 4
-            return self.make(spare, keep_residents=False)
+            return self._measuring_plan(limit)
         if not limit or not self._memory.measures_peak:
             return self.plan
-        if self._activations is None or input_elements > self._size:
+        self._entry, self._size = entry, input_elements
+        known = self._entries.get(entry)
+        if known is None or input_elements > known.size:
             self._measuring = True
-            self._size = max(input_elements, self._size)
-            # Unknown activations get three quarters of what is not needed at least.
-            spare = max(limit - self.plan.least_bytes, 0) * 3 // 4
-            return self.make(spare, keep_residents=False)
-        growth = max(self._held_by_others() - self._held, 0)
-        if self._activations + growth > self.plan.activation_bytes:
-            self.plan = self.make(self._activations + growth + growth // 4)
+            return self._measuring_plan(limit)
+        self._measuring = False
+        growth = max(self._held_by_others() - known.held, 0)
+        if known.activations + growth > self.plan.activation_bytes:
+            self.plan = self.make(known.activations + growth + growth // 4)
         return self.plan
 
     def applied(self) -> None:
         """Begin to measure, now that memory is what `for_pass` wanted it to be."""
         if self._measuring:
             self._memory.reset_peak()
+
+    def _measuring_plan(self, limit: int) -> Plan:
+        # Unknown activations get three quarters of what is not needed at least.
+        spare = max(limit - self.plan.least_bytes, 0) * 3 // 4
+        return self.make(spare, keep_residents=False)
+
+    def beside(self, nbytes: int, plan: Plan) -> Plan:
+        """Cut a plan down to what other models leave.
+
+        Args:
+            nbytes: bytes of the limit that they keep.
+            plan: what `for_pass` returned.
+
+        Raises:
+            BudgetExceededError: They leave less than the least.
+        """
+        known = self._reduced
+        if known is not None and known[0] == nbytes and known[1] is plan:
+            return known[2]
+        self._taken = nbytes
+        try:
+            if plan is self.plan:
+                reduced = self.make(plan.activation_bytes)
+            else:
+                reduced = self._measuring_plan(self._limit or 0)
+        finally:
+            self._taken = 0
+        self._reduced = (nbytes, plan, reduced)
+        return reduced
+
+    def streaming_bytes(self) -> int:
+        """Return what a pass takes that keeps nothing and streams at full speed."""
+        if self._streaming is None or self._streaming[0] is not self.plan:
+            plan = self.make(self.plan.activation_bytes, keep_residents=False)
+            self._streaming = (self.plan, self.with_activations(plan))
+        return self._streaming[1]
+
+    def with_activations(self, plan: Plan) -> int:
+        """Return the bytes of a plan that count against the limit."""
+        beside = plan.activation_bytes if self._memory.measures_peak else 0
+        return plan.total_bytes + beside
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that are on the device whatever is planned."""
+        return 0 if self._assembly is None else self._always_bytes(self._assembly)
 
     def after_pass(self, *, complete: bool) -> None:
         """Look at what the pass that has ended took."""
@@ -115,15 +176,22 @@ class PassPlanner:
         limit = self._policy.limit_bytes
         if not limit:
             return
-        beside = peak - self._budget.used
+        beside = peak - self._budget.total_used
         if self._measuring and complete:
             self._measuring = False
-            self._activations = beside
-            self._held = self._held_by_others()
-            self.plan = self.make(beside)
+            measured = _Measured(self._size, beside, self._held_by_others())
+            self._entries[self._entry] = measured
+            most = max(known.activations for known in self._entries.values())
+            self._activations = most
+            self.plan = self.make(most)
         if peak > limit:
             self._activations = max(self._activations or 0, beside)
+            known = self._entries.get(self._entry)
+            if known is not None:
+                known.activations = max(known.activations, beside)
             self._warn(peak, beside, limit)
+            # Or the passes that come would take it for theirs.
+            self._memory.reset_peak()
 
     def set_limit(self, policy: ResolvedPolicy) -> None:
         """Plan for another limit.
@@ -183,9 +251,12 @@ class PassPlanner:
     def _limit(self) -> int | None:
         """The limit of the policy, or less if less was found to be there."""
         limit = self._policy.limit_bytes
-        if self._ceiling is None or limit == 0:
+        if limit == 0:
             return limit
-        return self._ceiling if limit is None else min(limit, self._ceiling)
+        if self._ceiling is not None:
+            limit = self._ceiling if limit is None else min(limit, self._ceiling)
+        # Not 0, which would mean something else.
+        return limit if limit is None else max(limit - self._taken, 1)
 
     def make(self, activations: int, *, keep_residents: bool = True) -> Plan:
         """Plan for so many bytes of activations.
@@ -253,7 +324,7 @@ class PassPlanner:
         return isinstance(device, torch.device) and device.type != "cpu"
 
     def _held_by_others(self) -> int:
-        return (self._memory.allocated_bytes() or 0) - self._budget.used
+        return (self._memory.allocated_bytes() or 0) - self._budget.total_used
 
     def _warn(self, peak: int, beside: int, limit: int) -> None:
         if self._warned:
@@ -266,7 +337,7 @@ class PassPlanner:
             limit / 2**30,
             format_gib(peak),
             format_gib(beside),
-            format_gib(self._budget.used),
+            format_gib(self._budget.total_used),
             (beside + self.plan.least_bytes) / 2**30 + 0.01,
         )
 

@@ -64,6 +64,8 @@ class Passes:
         for written in session.inventory.written_by_holders():
             session.note_write(written)
         session.begin_outermost_call()
+        if session.group is not None:
+            session.group.note(session, "")
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
         probing = self._probe_next and bool(session.sites)
         first = probing and not session.mover.counters.forwards
@@ -89,6 +91,25 @@ class Passes:
         if session.probe is not None:
             session.probe.begin()
         return inputs
+
+    def begin_part(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Get ready for a call of a part by itself (``vae.decode``).
+
+        It has activations of its own, which the limit must have room for.
+        """
+        session = self._session
+        session.begin_outermost_call()
+        if session.group is not None:
+            session.group.note(session, name)
+        size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
+        self.apply(session.planner.for_pass(size, probing=False, entry=name))
+        session.planner.applied()
+
+    def end_part(self, *, complete: bool) -> None:
+        """Account for the call of a part that has ended."""
+        self._session.planner.after_pass(complete=complete)
 
     def end(self, *, complete: bool) -> None:
         """Account for the forward that has ended."""
@@ -129,12 +150,15 @@ class Passes:
 
     def apply(self, plan: Plan) -> None:
         """Make memory what the plan says, or less where the device has less."""
-        session = self._session
+        session, group = self._session, self._session.group
         while True:
+            fitting = plan if group is None else group.fit(session, plan)
             try:
-                session.mover.apply(plan)
+                session.mover.apply(fitting)
                 return
             except torch.OutOfMemoryError:
+                if group is not None and group.give_all(session):
+                    continue
                 # Nine tenths: the forward needs something too.
                 if not session.planner.step_down(session.mover.reached_bytes * 9 // 10):
                     raise

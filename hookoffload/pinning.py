@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from .budget import format_gib
-from .host_memory import default_cap
+from .host_memory import default_cap, empty_pages
 from .master import Master
 from .progress import progress_bar
 
@@ -41,6 +41,7 @@ class PageLock:
     Args:
         device: the compute device.
         cap_bytes: the most to lock; None decides from the memory of this machine.
+        sharing: the locks of all models that share the cap; this one is added.
     """
 
     __slots__ = (
@@ -51,11 +52,19 @@ class PageLock:
         "_moved",
         "_ranges",
         "_release",
+        "_sharing",
         "_warned",
         "locked_bytes",
     )
 
-    def __init__(self, device: torch.device, cap_bytes: int | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        cap_bytes: int | None,
+        sharing: list[PageLock] | None = None,
+    ) -> None:
+        self._sharing = [] if sharing is None else sharing
+        self._sharing.append(self)
         self._device = device
         self._cap = cap_bytes
         self._held: list[torch.Tensor] = []
@@ -72,7 +81,8 @@ class PageLock:
         if self._device.type != "cuda" or not waiting:
             return
         total = sum(master.nbytes for master in waiting)
-        cap = (default_cap() if self._cap is None else self._cap) - self.locked_bytes
+        cap = default_cap() if self._cap is None else self._cap
+        cap -= sum(lock.locked_bytes for lock in self._sharing)
         chosen = _evenly(waiting, min(max(cap, 0) / total, 1.0))
         # Codes have pages of their own from the start.
         guests = [m for m in chosen if m.code is None and not _has_own_pages(m.flat)]
@@ -162,7 +172,7 @@ def _move_into_slab(masters: Sequence[Master]) -> None:
     for master in masters:
         offsets.append(end)
         end += -(-master.nbytes // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
-    slab = torch.frombuffer(mmap.mmap(-1, max(end, 1)), dtype=torch.uint8)
+    slab = empty_pages(max(end, 1))
     for master, offset in zip(masters, offsets, strict=True):
         place = slab[offset : offset + master.nbytes].view(master.flat.dtype)
         place.copy_(master.flat)

@@ -1,4 +1,4 @@
-"""A plan: pure data."""
+"""Plans: pure data."""
 
 from __future__ import annotations
 
@@ -204,3 +204,15 @@ class Plan:
             words += f" ({len(self.from_disk)} from disk)"
         rest = layers - resident - len(moving)
         return f"{words}, {rest} in place" if rest else words
+
+
+class Plans(dict[str, Plan]):
+    """The plans of several models that share a limit, by the models' names.
+
+    Each is what its model does when no other one keeps anything on the device.
+    ``str(plans)`` is a table for each.
+    """
+
+    def __str__(self) -> str:
+        """Shows each plan under its model's name."""
+        return "\n\n".join(f"{name}\n{plan}" for name, plan in self.items())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+from torch import nn
+
 if TYPE_CHECKING:
     from .session import Session
 
@@ -31,14 +33,30 @@ class NotCopied:
 def refuse_copy(session: Session) -> NoReturn:
     """Raise the error that names what to do."""
     raise RuntimeError(
-        f"{type(session.model).__name__} has offload hooks attached and cannot be "
-        "copied or pickled; call detach(model) first and attach again after, or save "
-        "model.state_dict()"
+        f"{session.label} has offload hooks attached and cannot be copied or pickled; "
+        f"call {session.undo} first and attach again after, or save its state_dict()"
     )
+
+
+def require_no_group_offloading(name: str, module: nn.Module) -> None:
+    """Raise if diffusers' own offloading moves a module's weights as well.
+
+    It says so by an attribute, which it sets at any time and asks nobody.
+    """
+    registry = module.__dict__.get("_diffusers_hook")
+    if any("group_offloading" in key for key in getattr(registry, "hooks", ())):
+        raise RuntimeError(
+            f"{name} ({type(module).__name__}) has diffusers' group offloading, which "
+            "moves the same weights. Use one of the two: attach offload hooks to "
+            "models without it, and call detach before enable_group_offload"
+        )
 
 
 def purge_hooks(session: Session) -> None:
     """Take every hook of a session off its model, also those without a handle."""
+    named = session.model.__dict__.get("_hf_hook")  # see `PipelineHook`
+    if isinstance(named, NotCopied):
+        del session.model.__dict__["_hf_hook"]
     for module in session.model.modules():
         for hooks in (
             module._forward_pre_hooks,

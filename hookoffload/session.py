@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -15,18 +16,26 @@ from .adapters import Adapters
 from .always import AlwaysResident
 from .assembly import Assembly
 from .budget import MemoryBudget
-from .calls import CallTracker, calls_under_way
+from .calls import CallTracker, TurnTaker, calls_under_way
 from .coding import assemble_coded, renew_codes
 from .containers import map_tensors
+from .entry_site import EntrySite
 from .escapes import Escapes
 from .gather import GatherSite, can_gather
+from .group import Group
 from .hook_set import HookSet
 from .hooks import Site
 from .inventory import Inventory
 from .layer import Layer
 from .master import Master
 from .mover import LayerMover
-from .partition import Partition, SiteSketch, check_tensors, partition
+from .partition import (
+    Partition,
+    SiteSketch,
+    check_tensors,
+    needs_outside_hooks,
+    partition,
+)
 from .pass_planner import PassPlanner
 from .passes import Passes
 from .pinning import PageLock
@@ -67,6 +76,7 @@ class Session(NotCopied):
         policy: what the user wants, with nothing left open.
         locations: where the bytes of tensors lie that were never in memory.
         poison: overwrite released memory, to find late readers.
+        group: the models with which this one shares a limit.
     """
 
     def __init__(
@@ -76,14 +86,19 @@ class Session(NotCopied):
         locations: dict[str, TensorLocation],
         *,
         poison: bool = False,
+        group: Group | None = None,
     ) -> None:
         self.session = self
         self.model = model
+        self.group = group
         self.policy = policy
         self.map = policy.module_map.for_model(model)
         self._locations = locations
         # As little as possible is what the plan finds out, not a number to hold.
-        self.budget = MemoryBudget(policy.limit_bytes or None)
+        if group is None:
+            self.budget = MemoryBudget(policy.limit_bytes or None)
+        else:
+            self.budget = MemoryBudget(None, within=group.budget)
         self.mover = LayerMover(policy.compute_device, self.budget, poison=poison)
         self.recorder = Recorder(self.mover.memory) if policy.record else None
         self.mover.recorder = self.recorder
@@ -96,6 +111,7 @@ class Session(NotCopied):
         self._masters_wait = False
         self.ended = False  # a thread may still wait at a hook that is off by now
         self.sites: list[Site] = []
+        self.entries: list[EntrySite] = []
         self.root_site: Site | None = None
         self.layers: list[Layer]
         self._moved_masters: list[Master]
@@ -107,9 +123,14 @@ class Session(NotCopied):
         self._parted: list[Master] = []  # of tensors that left their master
         self.hooks = HookSet(self)
         self.mover.on_evict = self.hooks.layer_evicted
+        if group is not None:
+            self.mover.ask_others = partial(group.make_room, self)
         self._call_begun = False
         self.passes = Passes(self)
-        self.calls = CallTracker(frozenset(id(m) for m in model.modules()))
+        modules = frozenset(id(m) for m in model.modules())
+        self.calls = (
+            CallTracker(modules) if group is None else TurnTaker(modules, group.turns)
+        )
         self.escapes = Escapes(model, self.mover.memory, self.calls)
         self.root = RootHooks(self, model)
         self.adapters = Adapters(self)
@@ -117,7 +138,11 @@ class Session(NotCopied):
         self.inventory = Inventory()
         self._build(partition(model, self.map))
         self.store = Store(self._moved_masters, policy.disk_dir)
-        self._page_lock = PageLock(policy.compute_device, policy.pin_limit_bytes)
+        self._page_lock = PageLock(
+            policy.compute_device,
+            policy.pin_limit_bytes,
+            None if group is None else group.page_locks,
+        )
 
     # -- what there is --------------------------------------------------------------
 
@@ -147,6 +172,7 @@ class Session(NotCopied):
         looked_up = frozenset(assembly.moving - moved)
         self.planner.set_assembly(assembly, predicted, looked_up)
         self.sites = sites
+        self.entries = self._make_entries(assembly)
         self.escapes.set_sites(sites)
         self.root_site = next((s for s in sites if s.module is self.model), None)
         self.layers = assembly.layers
@@ -190,6 +216,32 @@ class Session(NotCopied):
             outside=sketch.outside,
             casts_buffers=casts_buffers,
         )
+
+    def _make_entries(self, assembly: Assembly) -> list[EntrySite]:
+        """Make sites of the root's children that have none and hold some."""
+        have = {id(site.module) for site in self.sites}
+        if id(self.model) in assembly.atomic:
+            return []
+        return [
+            EntrySite(self, name, child, ())
+            for name, child in self.model.named_children()
+            if id(child) not in have
+            and id(child) not in assembly.inside_atomic
+            and type(child).forward is not nn.Module.forward
+            and any(id(module) in have for module in child.modules())
+            and not needs_outside_hooks(child)
+        ]
+
+    @property
+    def label(self) -> str:
+        """What to call the model in messages: its name among others, and its class."""
+        kind = type(self.model).__name__
+        return kind if self.group is None else f"{self.group.name_of(self)} ({kind})"
+
+    @property
+    def undo(self) -> str:
+        """How to write in messages that the hooks have to go."""
+        return "detach(model)" if self.group is None else "detach on the pipeline"
 
     @property
     def plan(self) -> Plan:
@@ -246,6 +298,7 @@ class Session(NotCopied):
 
     def _let_go(self) -> None:
         """Drop everything that refers to the model; the last step of detach."""
+        self.escapes.drop_left()
         self.mover.close()
         self.state_hooks.remove()
         purge_hooks(self)  # an interrupt may have come between a hook and its handle
@@ -253,7 +306,7 @@ class Session(NotCopied):
         self.ended = True
         # The hooks and this object refer to each other: until Python's collector comes
         # round, nothing here may keep the weights.
-        self.sites, self.root_site = [], None
+        self.sites, self.entries, self.root_site = [], [], None
         self.layers, self._masters, self._moved_masters = [], {}, []
         self._parted = []
         self.mover.set_layers((), ())
@@ -287,12 +340,15 @@ class Session(NotCopied):
 
     def site_of(self, module: nn.Module) -> Site | None:
         """Return the site of a module, None if it needs none."""
-        return next((site for site in self.sites if site.module is module), None)
+        sites = (*self.sites, *self.entries)
+        return next((site for site in sites if site.module is module), None)
 
     def begin_outermost_call(self) -> None:
         """Get ready for calls, of the root or of a part."""
         if self._call_begun:
             return
+        if self.group is not None:
+            self.group.begin(self)
         if not self.all_stay:
             self.escapes.guard_graph()
         if not self.onloaded:
@@ -312,12 +368,12 @@ class Session(NotCopied):
         that of the call which noticed.
         """
         self._forget_interrupted_calls()
-        self.calls.depth = 1
+        self.calls.back_to_outermost()
 
     def _forget_interrupted_calls(self) -> None:
         logger.info("cleaning up behind an interrupted forward")
         self.passes.retire_probe()
-        for site in self.sites:
+        for site in (*self.sites, *self.entries):
             site.forget_calls()
         self.root.forget_calls()
         self._end_outermost_call()
@@ -376,13 +432,20 @@ class Session(NotCopied):
         Raises:
             BudgetExceededError: It is below the least; the old limit stands.
         """
-        policy = replace(self.policy, limit_bytes=limit_bytes)
-        self.planner.set_limit(policy)
-        self.policy = policy
+        self.plan_for(replace(self.policy, limit_bytes=limit_bytes))
         self.budget.set_limit(limit_bytes or None)
-        self.hooks.hang_all()
         if limit_bytes and self.budget.used > limit_bytes:
             self.mover.apply(self.plan)  # give the memory back now
+
+    def plan_for(self, policy: ResolvedPolicy) -> None:
+        """Plan for a policy that has another limit.
+
+        Raises:
+            BudgetExceededError: It is below the least; the old limit stands.
+        """
+        self.planner.set_limit(policy)
+        self.policy = policy
+        self.hooks.hang_all()
 
     def keep_to_plan(self) -> None:
         """Give up at once what a plan that has changed does not keep."""
@@ -474,9 +537,15 @@ class Session(NotCopied):
             renew_codes(self.store.masters, self.policy, self.budget)
             if not self._waits_where_it_rests:
                 self._page_lock.lock(self.store.masters)
+            self.make_room(self.planner.fixed_bytes)
             self.always.onload()
             self.adapters.onload()
         self.onloaded = True
+
+    @property
+    def rests_elsewhere(self) -> bool:
+        """Whether offload gives back memory of the host as well."""
+        return not self._waits_where_it_rests
 
     @property
     def _waits_where_it_rests(self) -> bool:
@@ -502,6 +571,28 @@ class Session(NotCopied):
                     self.store.offload(self._tier(tier), rests)
                 self._masters_wait = False
         self.hooks.hang_all()
+
+    def make_room(self, nbytes: int) -> None:
+        """Have models that share the limit give way, so that so many bytes fit."""
+        if self.group is not None:
+            self.group.make_room(self, nbytes)
+
+    def give_way(self, enough: Callable[[], bool] | None) -> None:
+        """Give memory of the compute device back, while other models need it.
+
+        Args:
+            enough: says when to stop with residents; None: the window alone.
+        """
+        with self.by_hand("making room"), torch.inference_mode(False):
+            try:
+                self.mover.free_window()
+                if enough is not None:
+                    self.mover.give_up_residents(enough)
+            except BaseException:
+                self.mover.drop_all()  # nothing may be given up by half
+                raise
+            finally:
+                self.hooks.hang_if_needed()
 
     def sync_masters(self) -> None:
         """Bring everything that was written to tensors into their masters."""
@@ -580,11 +671,13 @@ class Session(NotCopied):
         counters = self.mover.counters
         measured = self.mover.memory.measures_peak
         coded = [m for m in self._moved_masters if m.code is not None]
+        # What is held against the limit is that of all models that share it.
+        budget = self.budget if self.group is None else self.group.budget
         return OffloadStats(
             forwards=counters.forwards,
             bytes_moved=counters.bytes_moved,
             bytes_written_back=counters.bytes_written_back,
-            peak_bytes=self.planner.peak_bytes if measured else self.budget.peak,
+            peak_bytes=self.planner.peak_bytes if measured else budget.peak,
             limit_bytes=self.policy.limit_bytes,
             stall_seconds=self.mover.engine.stall_seconds(),
             hits=counters.hits,

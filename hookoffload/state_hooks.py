@@ -141,8 +141,8 @@ class StateHooks(NotCopied):
         if recurse and all(self._is_kept(function, tensor) for tensor in tensors):
             return model
         raise RuntimeError(
-            f"{type(model).__name__} has offload hooks attached, which decide where "
-            "its tensors lie and in which dtype they compute. Call detach(model) "
+            f"{self.session.label} has offload hooks attached, which decide where its "
+            f"tensors lie and in which dtype they compute. Call {self.session.undo} "
             "before .to(), .cuda(), .cpu(), .half() and the like, or say so in the "
             "policy: OffloadPolicy(compute_device=..., compute_dtype=...)"
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from .budget import format_gib
+from .budget import MemoryBudget, format_gib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class OffloadStats:
         coded_bytes: Bytes of the weights that are coded losslessly, as they wait in
             host RAM and are copied.
         decoded_bytes: Bytes of the same weights when they are decoded.
+        by_model: Of several models that share a limit, the figures of each; the peak
+            and the limit are those of all of them.
     """
 
     forwards: int
@@ -48,6 +50,28 @@ class OffloadStats:
     bytes_read: int = 0
     coded_bytes: int = 0
     decoded_bytes: int = 0
+    by_model: dict[str, OffloadStats] = field(default_factory=dict)
+
+    @classmethod
+    def of_several(
+        cls, by_model: dict[str, OffloadStats], budget: MemoryBudget
+    ) -> OffloadStats:
+        """Add up the figures of models that share a budget."""
+        each = list(by_model.values())
+        return cls(
+            forwards=sum(stats.forwards for stats in each),
+            bytes_moved=sum(stats.bytes_moved for stats in each),
+            bytes_written_back=sum(stats.bytes_written_back for stats in each),
+            peak_bytes=max(stats.peak_bytes for stats in each),
+            limit_bytes=each[0].limit_bytes,
+            stall_seconds=sum(stats.stall_seconds for stats in each),
+            hits=sum(stats.hits for stats in each),
+            misses=sum(stats.misses for stats in each),
+            peak_by_kind=budget.peak_by_kind(),
+            coded_bytes=sum(stats.coded_bytes for stats in each),
+            decoded_bytes=sum(stats.decoded_bytes for stats in each),
+            by_model=by_model,
+        )
 
     def __str__(self) -> str:
         limit = "none" if self.limit_bytes is None else format_gib(self.limit_bytes)

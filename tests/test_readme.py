@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,20 @@ class MyModel(nn.Module):
         return self.layers(x)
 
 
+class MyPipeline:
+    """What a diffusers pipeline is to hookoffload."""
+
+    def __init__(self) -> None:
+        self.components = {
+            "tokenizer": None,
+            "text_encoder": MyModel(),
+            "vae": MyModel(),
+        }
+
+    def __call__(self, prompt: str) -> SimpleNamespace:
+        return SimpleNamespace(images=[self.components["vae"](torch.ones(1, WIDTH))])
+
+
 def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.M | re.S)
 
@@ -51,6 +66,8 @@ def test_python_blocks_run_one_behind_the_other(folder: Path) -> None:
         "MyModel": MyModel,
         "x": torch.randn(2, WIDTH),
         "config": {"depth": 2},
+        "pipe": MyPipeline(),
+        "prompt": "a cat",
         "lora_state_dict": {
             "layers.0.lora_A.weight": torch.randn(4, WIDTH),
             "layers.0.lora_B.weight": torch.randn(WIDTH, 4),
@@ -63,6 +80,7 @@ def test_python_blocks_run_one_behind_the_other(folder: Path) -> None:
     assert (folder / "saved" / "model.safetensors").exists()
     assert session_of(names["model"]) is not None
     detach(names["model"])
+    detach(names["pipe"])
 
 
 def test_commands_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

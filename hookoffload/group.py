@@ -1,0 +1,279 @@
+"""Several models under one limit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .budget import BudgetExceededError, MemoryBudget, format_gib
+from .calls import CallTracker
+from .use_order import UseOrder
+
+if TYPE_CHECKING:
+    from .pinning import PageLock
+    from .plan import Plan
+    from .policy import ResolvedPolicy
+    from .session import Session
+
+logger = logging.getLogger(__name__)
+
+
+class Group:
+    """The sessions of several models that share a limit.
+
+    [Note: several models, one limit]
+    Every byte of every member is reserved with one budget. Each member plans for the
+    whole limit, as if it were alone. Where its pass begins and its plan does not fit
+    beside what the idle members keep, these give way, only as far as needed: first
+    their windows, which hold nothing, then their residents, last what is always on the
+    device. Least soon needed goes first, by the order seen over whole runs, and within
+    a member the layers that its pass needs last.
+
+    Members that will be needed before this one's own next pass keep their residents:
+    to take their place would cost a copy sooner than it saves one. The member then
+    plans for what they leave, as long as that is enough to stream at full speed. So two
+    models that are called in turns in a loop do not take each other's place.
+
+    A member is idle while no thread is inside it. One thread at a time is inside any
+    of them, so that nothing gives way under a forward that runs in another thread. A
+    member that calls another one in its own forward is not idle: it keeps all it has
+    unless the other one could not run at all.
+
+    Args:
+        policy: the limit.
+        models: the models by name.
+    """
+
+    def __init__(self, policy: ResolvedPolicy, models: Mapping[str, nn.Module]) -> None:
+        self.policy = policy
+        # As little as possible is what the plans find out, not a number to hold.
+        self.budget = MemoryBudget(policy.limit_bytes or None)
+        modules = (id(m) for model in models.values() for m in model.modules())
+        self.turns = CallTracker(frozenset(modules))
+        self.order = UseOrder()
+        self.members: dict[str, Session] = {}
+        self.page_locks: list[PageLock] = []
+        self._chosen: tuple[Session, ...] = ()  # by `activate`
+        self._active: Session | None = None
+        self._owed: set[Session] = set()  # gave way in the middle of their pass
+
+    def name_of(self, session: Session) -> str:
+        """Return the name under which a member was attached."""
+        return next(n for n, member in self.members.items() if member is session)
+
+    @property
+    def sessions(self) -> list[Session]:
+        """The members that are attached."""
+        return [session for session in self.members.values() if not session.ended]
+
+    # -- whose turn it is -----------------------------------------------------------
+
+    def begin(self, session: Session) -> None:
+        """Make a member the active one, where a thread comes into it.
+
+        What moves between RAM and disk when it is not needed goes to its offload
+        placement: first, so that the host never holds both.
+        """
+        if session is self._active:
+            return
+        if session not in self._chosen:
+            self._chosen = ()
+        for other in self._idle(session):
+            if other.onloaded and other.rests_elsewhere and other not in self._chosen:
+                with other.by_hand("offload"):
+                    other.offload()
+        self._active = session
+
+    def note(self, session: Session, entry: str) -> None:
+        """Note that a pass begins, of a member or of a part of it."""
+        self.order.note(self.name_of(session), entry)
+        if session in self._owed:
+            self._owed.discard(session)
+            session.mover.plan = None
+
+    def choose(self, sessions: Sequence[Session]) -> None:
+        """Onload these members and offload the others."""
+        for other in self.sessions:
+            if other not in sessions:
+                with other.by_hand("activate"):
+                    other.offload()
+        self._chosen = tuple(sessions)
+        self._active = None
+        for session in sessions:
+            with session.by_hand("activate"):
+                session.onload()
+
+    # -- room -----------------------------------------------------------------------
+
+    def fit(self, session: Session, plan: Plan) -> Plan:
+        """Return the plan that a member can follow now, having made room for it.
+
+        Args:
+            session: the member.
+            plan: what it would follow if it were alone.
+
+        Raises:
+            BudgetExceededError: Models that are running leave it too little.
+        """
+        limit = self.policy.limit_bytes
+        if limit is None:
+            return plan
+        idle = self._idle(session)
+        if limit == 0:
+            self._evict(idle, lambda: self._beside(session) == 0)
+            return plan
+        room = limit - session.planner.with_activations(plan)
+        if self._beside(session) <= room:
+            return plan
+        if plan is not session.planner.plan:  # of a pass that measures: it needs it all
+            sooner: list[str] = []
+            later = self._by_next_use(session, idle)
+        else:
+            sooner, later = self._split(session, idle)
+        if self._evict_named(later, sooner, lambda: self._beside(session) <= room):
+            return plan
+        least = session.planner.streaming_bytes()
+        self._evict_named(sooner, [], lambda: self._beside(session) <= limit - least)
+        if self._beside(session) > limit - session.plan.least_bytes:
+            self._interrupt_running(
+                session, lambda: self._beside(session) <= limit - least
+            )
+        try:
+            return session.planner.beside(self._beside(session), plan)
+        except BudgetExceededError as error:
+            running = [
+                f"{name} ({format_gib(other.budget.used)})"
+                for name, other in self.members.items()
+                if other is not session and other.budget.used
+            ]
+            raise BudgetExceededError(
+                f"{self.name_of(session)} does not fit the limit beside "
+                f"{', '.join(running)}, which is running: {error}"
+            ) from error
+
+    def make_room(self, session: Session, nbytes: int) -> None:
+        """Have others give way until a member can take so many bytes more."""
+
+        def enough() -> bool:
+            return self.budget.fits(nbytes)
+
+        if enough():
+            return
+        idle = self._idle(session)
+        if self._evict_named(self._by_next_use(session, idle), [], enough):
+            return
+        self._interrupt_running(session, enough)
+
+    def give_all(self, session: Session) -> bool:
+        """Have all idle members give back all that they hold.
+
+        Returns:
+            Whether that was anything.
+        """
+        before = self.budget.used
+        self._evict(self._idle(session), lambda: False)
+        return self.budget.used < before
+
+    def set_limit(self, limit_bytes: int | None) -> None:
+        """Keep another limit.
+
+        Raises:
+            BudgetExceededError: It is below the least of a member; the old one stands.
+        """
+        policy = replace(self.policy, limit_bytes=limit_bytes)
+        done: list[Session] = []
+        try:
+            for session in self.sessions:
+                session.plan_for(policy)
+                done.append(session)
+        except BudgetExceededError as error:
+            for session in done:
+                session.plan_for(self.policy)
+            name = self.name_of(self.sessions[len(done)])
+            error.args = (f"{name}: {error}",)
+            raise
+        self.policy = policy
+        self.budget.set_limit(limit_bytes or None)
+        if limit_bytes:
+            last = self._active or self.sessions[0]
+            others = self._by_next_use(last, self._idle(last))
+            members = [*others, self.name_of(last)]
+            self._evict_named(members, [], lambda: self.budget.used <= limit_bytes)
+
+    def _beside(self, session: Session) -> int:
+        """Bytes that the other members hold."""
+        return self.budget.used - session.budget.used
+
+    def _idle(self, session: Session) -> list[Session]:
+        return [
+            other
+            for other in self.sessions
+            if other is not session and not other.calls.is_running()
+        ]
+
+    def _split(
+        self, session: Session, idle: Iterable[Session]
+    ) -> tuple[list[str], list[str]]:
+        """Divide members by whether they are needed sooner; the last needed first."""
+        names = [self.name_of(other) for other in idle]
+        sooner, later = self.order.split(self.name_of(session), names)
+        return sooner[::-1], later[::-1]
+
+    def _by_next_use(self, session: Session, idle: Iterable[Session]) -> list[str]:
+        """List members, the last needed first."""
+        sooner, later = self._split(session, idle)
+        return [*later, *sooner]
+
+    def _evict_named(
+        self, names: list[str], kept: list[str], enough: Callable[[], bool]
+    ) -> bool:
+        members = self.members
+        return self._evict(
+            [members[name] for name in names], enough, [members[name] for name in kept]
+        )
+
+    def _evict(
+        self,
+        sessions: Sequence[Session],
+        enough: Callable[[], bool],
+        only_windows: Sequence[Session] = (),
+    ) -> bool:
+        """Have members give way in this order until there is enough.
+
+        Args:
+            sessions: the members.
+            enough: says whether to stop.
+            only_windows: members that give nothing but their windows.
+        """
+        for session in (*sessions, *only_windows):
+            if enough():
+                return True
+            if session.budget.used:
+                session.give_way(None)
+        for session in sessions:
+            if enough():
+                return True
+            if session.budget.used:
+                session.give_way(enough)
+        for session in sessions:
+            if enough():
+                return True
+            if session.budget.used:
+                with session.by_hand("making room"):
+                    session.offload()
+        return enough()
+
+    def _interrupt_running(self, session: Session, enough: Callable[[], bool]) -> None:
+        """Take what members do not use that are in the middle of their forwards."""
+        running = [other for other in self.sessions if other.calls.is_running()]
+        for other in running:
+            if other is not session and not enough():
+                other.mover.give_up_residents(enough)
+                self._owed.add(other)
+        for other in running:
+            if other is not session and not other.mover.in_use and not enough():
+                other.mover.free_window()
