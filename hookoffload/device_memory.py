@@ -11,9 +11,14 @@ from .budget import MemoryBudget
 
 
 class Block:
-    """A piece of device memory and its views, one a dtype."""
+    """A piece of device memory and its views, one a dtype.
 
-    __slots__ = ("_typed", "bytes", "end", "kind", "start")
+    Attributes:
+        kept: what a layer made of its places in the block, by layer and offset. Here,
+            so that nothing keeps the memory when the block goes.
+    """
+
+    __slots__ = ("_typed", "bytes", "end", "kept", "kind", "start")
 
     def __init__(self, memory: torch.Tensor, kind: str) -> None:
         self.bytes = memory
@@ -21,6 +26,7 @@ class Block:
         self.start = memory.data_ptr()
         self.end = self.start + memory.numel()
         self._typed: dict[torch.dtype, torch.Tensor] = {torch.uint8: memory}
+        self.kept: dict[object, dict[int, Any]] = {}
 
     @property
     def nbytes(self) -> int:

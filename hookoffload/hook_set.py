@@ -66,23 +66,31 @@ class HookSet:
         if plan is None or self._slimmed_for is plan or self.all_off:
             return
         # One of several models has to hear of every call: its residents may give way.
-        if session.all_stay and session.group is None:
+        # So has one whose state dict somebody holds: a write there changes residents.
+        alone = session.group is None and not session.inventory.is_watched
+        if session.all_stay and alone:
             self._hang([site for site in session.sites if site.casts_buffers])
             self.all_off = True
             return
         if session.recorder is not None:
             return  # it is to see every layer
         heard: set[int] = set()
+        self._standing_by = {}
         for site in session.sites:
             indices = [layer.index for layer in site.layers]
             if site is session.root_site or not site.can_stand_by:
                 heard.update(indices)
                 continue
-            site.stand_by()
-            for index in indices:
+            for index in indices:  # first: an interrupt leaves it without hooks
                 self._standing_by.setdefault(index, []).append(site)
+            site.stand_by()
         session.mover.order.hear_only(heard)
         self._slimmed_for = plan
+
+    def slim_again(self) -> None:
+        """Have the next pass look anew which hooks it needs."""
+        self._slimmed_for = None
+        self.all_off = False
 
     def layer_evicted(self, layer: Layer) -> None:
         """Hang the hooks of a layer that no longer stays bound."""
@@ -94,7 +102,7 @@ class HookSet:
     def _hang(self, wanted: Collection[Site]) -> None:
         """Hang the hooks of these sites, whole, and of no other ones."""
         session = self._session
-        self._slimmed_for, self._standing_by = None, {}
+        self._slimmed_for = None
         session.mover.order.hear_all()
         wanted = [site for site in wanted if site is not session.root_site]
         kept = set(map(id, wanted))
@@ -110,3 +118,5 @@ class HookSet:
             for handle in self._outside_handles:
                 handle.remove()
             self._outside_handles = []
+        # Last: an interrupt leaves sites with one hook that still have to be known.
+        self._standing_by = {}

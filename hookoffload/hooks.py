@@ -117,6 +117,12 @@ class Site(NotCopied):
         self.stands_by = False
 
     @property
+    def _is_hung(self) -> bool:
+        """Whether the pair of hooks of a call that begins now will run."""
+        session = self.session
+        return bool(self._handles) or self.outside or self is session.root_site
+
+    @property
     def can_stand_by(self) -> bool:
         """Whether there is nothing to do inside a forward of the root."""
         if self.outside or self.casts_buffers or self.active or not self.layers:
@@ -141,11 +147,7 @@ class Site(NotCopied):
             return outside_graphs(self.look)(module, args, kwargs)
         if self.session.calls.owner == threading.get_ident() and module is self.module:
             return None
-        moved = self.pre(module, args, kwargs)
-        # This thread owns the model by now, and the model may have been taken apart.
-        if self.stands_by:
-            self.register()
-        return moved
+        return self.pre(module, args, kwargs)
 
     def pre(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -164,6 +166,15 @@ class Site(NotCopied):
         if session.ended:
             session.leave_call()
             return None
+        if self.stands_by or not self._is_hung:
+            # Taken off while this thread waited for another one, or `look` found that
+            # it is needed. PyTorch reads the post hooks behind the forward.
+            renewed = session.site_of(module)
+            if renewed is not self:
+                session.leave_call()
+                return None if renewed is None else renewed.pre(module, args, kwargs)
+            self.register()
+            session.hooks.slim_again()
         try:
             if self.active:
                 self.recover_if_left()
@@ -188,7 +199,8 @@ class Site(NotCopied):
                 entered.append(layer)
             if session.probe is not None:
                 session.probe.enter(self)
-        except BaseException:
+        except BaseException as error:
+            session.torn |= not isinstance(error, Exception)
             self.active -= 1
             for layer in entered:
                 session.release(layer)
@@ -224,6 +236,9 @@ class Site(NotCopied):
                 if session.calls.depth == 1:
                     failed = output is None and sys.exc_info()[0] is not None
                     session.passes.end_part(complete=not failed)
+            except BaseException:
+                session.torn = True
+                raise
             finally:
                 session.leave_call()
         return kept

@@ -76,6 +76,11 @@ class Inventory:
         self._handed_out[id(rest)] = (master, member, version_of(rest))
         return rest
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody may hold a state dict, and write to it."""
+        return bool(self._handed_out)
+
     def written_by_holders(self) -> list[Master]:
         """Return masters that whoever has a state dict wrote to since the last look."""
         written = []

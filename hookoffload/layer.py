@@ -88,8 +88,7 @@ class Layer:
     __slots__ = (
         "_device",
         "_members",
-        "_viewed",
-        "_views",
+        "away",
         "bound",
         "can_stay",
         "cast_bytes",
@@ -121,8 +120,6 @@ class Layer:
         self.masters = list(masters)
         self.pieces: list[Piece] = []
         self._members: list[Member] = []  # of the pieces
-        self._views: dict[int, RegionViews] = {}  # by the region's offset
-        self._viewed: Block | None = None  # what they are views of
         self._device = torch.device("cpu")
         self.stream_bytes = 0
         self.copy_bytes = 0
@@ -133,6 +130,7 @@ class Layer:
         self.can_stay = False
         # How many running forwards need it: bound at 0 -> 1, released at 1 -> 0.
         self.bound = 0
+        self.away = False  # members may point elsewhere than at their masters
         self.held = False  # other layers can run while it is bound
         self.keep = False  # the plan wants it resident
         self.resident: list[Block] | None = None
@@ -258,18 +256,17 @@ class Layer:
     def views_in(self, block: Block) -> RegionViews:
         """Return views of the layer's region, made anew only where it was not before.
 
-        They keep the block's memory: `forget_views` before it is given back.
+        The block keeps them: they go when it goes.
         """
         assert self.region is not None, "only a layer with a place has views there"
-        if self._viewed is not block:
-            self._views, self._viewed = {}, block
         offset = self.region.offset
-        found = self._views.get(offset)
+        places = block.kept.setdefault(self, {})
+        found: RegionViews | None = places.get(offset)
         if found is None:
-            if len(self._views) >= _PLACES_KEPT:
-                self._views.clear()
+            if len(places) >= _PLACES_KEPT:
+                places.clear()
             with torch.inference_mode(False):  # they are kept beyond the user's context
-                found = self._views[offset] = self._make_views(block, offset)
+                found = places[offset] = self._make_views(block, offset)
         return found
 
     def _make_views(self, block: Block, offset: int) -> RegionViews:
@@ -285,10 +282,6 @@ class Layer:
             else:
                 values += _values(piece, *self._rest_source(piece, block))
         return RegionViews(targets, values)
-
-    def forget_views(self) -> None:
-        """Drop what keeps the memory of a block."""
-        self._views, self._viewed = {}, None
 
     def _value(
         self,

@@ -73,9 +73,10 @@ class Member:
         return base.as_strided(self.shape, self.stride, start + self.location_in_master)
 
     def lies_as_before(self) -> bool:
-        """Tell whether the tensor has its shape and strides."""
+        """Tell whether the tensor has the shape, strides and dtype that it rests in."""
         tensor = self.tensor
-        return tensor.shape == self.shape and tensor.stride() == self.stride
+        same = tensor.shape == self.shape and tensor.stride() == self.stride
+        return same and tensor.dtype == self.rest.dtype
 
     def set_rest(self, rest: torch.Tensor) -> None:
         """Make ``rest`` the value at rest (does not touch the tensor)."""
@@ -270,7 +271,10 @@ class Master:
             Whether it was: its version moved, or it was given other data.
         """
         tensor = member.tensor
-        moved = tensor.data_ptr() != member.bound_pointer
+        pointer = tensor.data_ptr()
+        if pointer == member.rest_pointer:
+            return False  # an interrupt came before it was bound, or behind its rest
+        moved = pointer != member.bound_pointer
         if not moved and version_of(tensor) == member.version:
             return False
         dtype = member.dtype if self.mixed else self.codec.compute

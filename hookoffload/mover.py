@@ -96,7 +96,6 @@ class LayerMover:
         self.cancel_prefetches()
         for layer in self.layers:
             layer.keep = layer.index in plan.resident
-            layer.forget_views()
             if not layer.keep and layer.resident is not None:
                 self.evict(layer)
         try:
@@ -141,6 +140,7 @@ class LayerMover:
             return
         self.order.visit(layer.index)
         if not layer.stays_bound and layer.pieces:
+            layer.away = True  # first: an interrupt leaves some members bound
             self._bring(layer, aside=aside)
             self._take_scratch(layer)
             if torch.is_inference_mode_enabled():
@@ -320,6 +320,7 @@ class LayerMover:
         layer.stays_bound = False
         self.window.release_scratch(layer)
         self.window.release(layer)
+        layer.away = False
 
     # -- prefetch -------------------------------------------------------------------
 
@@ -461,16 +462,16 @@ class LayerMover:
             if layer.stands_in:
                 layer.put_to_rest()
                 layer.stands_in = False
-            if layer.bound or layer.stays_bound:
-                layer.bound = 0
-                if layer.pieces:
-                    self._unbind(layer)
+            layer.bound = 0
+            if layer.away:
+                if layer.stays_bound and self.on_evict is not None:
+                    self.on_evict(layer)  # its hooks hang before it rests
+                self._unbind(layer)
             # An interrupt may have fallen between two steps.
             self.window.release_scratch(layer)
             self.window.release(layer)
             if layer.resident is not None:
                 self.evict(layer)
-            layer.forget_views()
             layer.keep = False
         self.window.free()
         self._under_way = 0

@@ -126,6 +126,7 @@ class Session(NotCopied):
         if group is not None:
             self.mover.ask_others = partial(group.make_room, self)
         self._call_begun = False
+        self.torn = False  # an interrupt came in the middle of a hook
         self.passes = Passes(self)
         modules = frozenset(id(m) for m in model.modules())
         self.calls = (
@@ -161,15 +162,20 @@ class Session(NotCopied):
             self.budget,
         )
         self.read_in_place = set()
-        sites = [s for k in assembly.sites if (s := self._make_site(k, assembly))]
+        moving = assembly.moving
+        sites = [
+            site
+            for sketch in assembly.sites
+            if (site := self._make_site(sketch, assembly, moving))
+        ]
         moved = {
             layer.index
             for site in sites
             if not isinstance(site, GatherSite)
             for layer in site.layers
         }
-        predicted = tuple(sorted(assembly.moving))
-        looked_up = frozenset(assembly.moving - moved)
+        predicted = tuple(sorted(moving))
+        looked_up = frozenset(moving - moved)
         self.planner.set_assembly(assembly, predicted, looked_up)
         self.sites = sites
         self.entries = self._make_entries(assembly)
@@ -186,10 +192,10 @@ class Session(NotCopied):
         self.mover.set_layers(assembly.layers, predicted)
         self._moved_masters = assembly.moved_masters
 
-    def _make_site(self, sketch: SiteSketch, assembly: Assembly) -> Site | None:
-        layers = tuple(
-            assembly.layers[i] for i in sketch.layers if i in assembly.moving
-        )
+    def _make_site(
+        self, sketch: SiteSketch, assembly: Assembly, moving: set[int]
+    ) -> Site | None:
+        layers = tuple(assembly.layers[i] for i in sketch.layers if i in moving)
         if len(layers) == 1 and can_gather(sketch.module):
             masters = layers[0].masters
             if len(masters) == 1 and len(masters[0].members) == 1:
@@ -321,7 +327,7 @@ class Session(NotCopied):
 
     def enter_call(self) -> None:
         """Let the current thread in, after those that are inside."""
-        if self.calls.enter():
+        if self.calls.enter() or (self.torn and self.calls.depth == 1):
             self._forget_interrupted_calls()
 
     def leave_call(self) -> None:
@@ -336,6 +342,8 @@ class Session(NotCopied):
         Returns:
             Whether layers and sites were made anew.
         """
+        for written in self.inventory.written_by_holders():
+            self.note_write(written)
         return self._take_over_untied()
 
     def site_of(self, module: nn.Module) -> Site | None:
@@ -381,6 +389,7 @@ class Session(NotCopied):
         self._untie()  # before what is bound is taken for a forward's doing
         self.mover.drop_all()
         self.passes.interrupted()
+        self.torn = False
 
     def is_left_behind(self, root: RootHooks) -> bool:
         """Tell whether the levels around a call of the root are a dead call's."""
@@ -398,7 +407,7 @@ class Session(NotCopied):
         Raises:
             RuntimeError: The model is running in this thread.
         """
-        if self.calls.enter(by_hand=True):
+        if self.calls.enter(by_hand=True) or (self.torn and self.calls.depth == 1):
             self._forget_interrupted_calls()
         try:
             if self.ended:
@@ -620,6 +629,7 @@ class Session(NotCopied):
         with torch.inference_mode(False):
             self.mover.drop_all()
             self.always.release()
+        self.hooks.hang_if_needed()  # a part may be called by itself
 
     # -- what hooks need ------------------------------------------------------------
 

@@ -124,6 +124,8 @@ class StateHooks(NotCopied):
                 bound = value.data_ptr() != found[1].rest_pointer
                 if value is not tensor and bound:  # keep_vars=True asks for the objects
                     state[prefix + key] = inventory.hand_out(*found)
+                    if self.session.hooks.all_off:
+                        self.session.hooks.hang_all()  # to see writes to it
         self._leave()
 
     def _before_load(self, module: nn.Module, *_: Any) -> None:

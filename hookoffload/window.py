@@ -55,7 +55,7 @@ class Window:
         ring_bytes = plan.ring_bytes // ALIGNMENT * ALIGNMENT
         have = (self._ring.capacity, self._stack.capacity, self._scratch.capacity)
         want = (ring_bytes, plan.stack_bytes, plan.scratch_bytes)
-        if have == want:
+        if have == want and any(want):
             return
         self.free()
         self._ring, self._stack, self._scratch = (
@@ -70,16 +70,15 @@ class Window:
 
     def free(self) -> None:
         """Give the memory back, before anything is taken instead of it."""
-        blocks = [self._ring_block, self._stack_block, self._scratch_block]
-        ring, stack, scratch = RegionRing(0), RegionStack(0), RegionStack(0)
-        self._ring, self._stack, self._scratch = ring, stack, scratch
-        self._ring_block = self._stack_block = self._scratch_block = None
         # Copies that were cancelled may still be running into them.
         self._engine.drain()
-        while blocks:
-            block = blocks.pop()
+        ring, stack, scratch = RegionRing(0), RegionStack(0), RegionStack(0)
+        self._ring, self._stack, self._scratch = ring, stack, scratch
+        # Known until they are given back: an interrupt leaves the rest to the next try.
+        for block in (self._ring_block, self._stack_block, self._scratch_block):
             if block is not None:
                 self._memory.free(block)
+        self._ring_block = self._stack_block = self._scratch_block = None
 
     # -- regions --------------------------------------------------------------------
 
@@ -145,7 +144,6 @@ class Window:
             used = block.bytes[region.offset : region.offset + region.nbytes]
             self._engine.poison(used, token)
         if isinstance(home, Block):
-            layer.forget_views()
             self._memory.free(home)
         else:
             _give_back(home, region, token)
@@ -157,7 +155,6 @@ class Window:
         layer.region = layer.home = None
         if isinstance(home, Block):
             self._engine.drain()
-            layer.forget_views()
             self._memory.free(home)
         else:
             # The next owner's copy is behind this one on the copy stream.
