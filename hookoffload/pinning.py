@@ -5,9 +5,10 @@ CUDA can lock memory that exists already (``cudaHostRegister``): nothing is copi
 nothing is rounded up, unlike allocating page-locked memory and moving the weights
 there. Whole pages are locked. A page that the weights share with other data must not
 be: a copy from other memory that lies half on it fails ("invalid argument"), and it
-would be a user's input. Large tensors have pages of their own; small ones mostly come
-from the middle of malloc's heap and are moved together into a slab that is locked as
-one (and back at detach). A range must be unlocked before its memory goes back to the
+would be a user's input. Large tensors have pages of their own; what comes from the
+middle of malloc's heap (glibc gives it up to 32 MiB at once) is moved: small ones
+together into a slab that is locked as one, others into maps of their own (and all of
+them back at detach). A range must be unlocked before its memory goes back to the
 system; `PageLock` therefore holds the tensors until it has done so.
 
 What is not locked (the cap is met, the system refuses, another device type) goes
@@ -33,6 +34,8 @@ from .progress import progress_bar
 
 logger = logging.getLogger(__name__)
 _SLAB_ALIGNMENT = 64  # what PyTorch's own CPU allocator gives
+_OWN_PAGES_BYTES = 2**20  # smaller ones share a slab
+_TRIM_BYTES = 2**28  # moved out of the heap before that is trimmed
 
 
 class PageLock:
@@ -87,7 +90,7 @@ class PageLock:
         # Codes have pages of their own from the start.
         guests = [m for m in chosen if m.code is None and not _has_own_pages(m.flat)]
         if guests:
-            _move_into_slab(guests)
+            _move_out_of_heap(guests)
             self._moved += guests
         refused = 0
         chosen_bytes = sum(master.nbytes for master in chosen)
@@ -166,17 +169,43 @@ def _starts_of_maps() -> set[int]:
     return {int(line.split("-", 1)[0], 16) for line in lines}
 
 
-def _move_into_slab(masters: Sequence[Master]) -> None:
-    """Move masters that share pages with other data into pages of their own."""
+def _move_out_of_heap(masters: Sequence[Master]) -> None:
+    """Move masters that share pages with other data into pages of their own.
+
+    Large ones one by one, and what they leave goes back to the system in between: a
+    model of which no weight is larger than 32 MiB may lie in the heap as a whole.
+    """
+    small = [master for master in masters if master.nbytes < _OWN_PAGES_BYTES]
     offsets, end = [], 0
-    for master in masters:
+    for master in small:
         offsets.append(end)
         end += -(-master.nbytes // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
     slab = empty_pages(max(end, 1))
-    for master, offset in zip(masters, offsets, strict=True):
-        place = slab[offset : offset + master.nbytes].view(master.flat.dtype)
-        place.copy_(master.flat)
-        master.become(place, None)
+    for master, offset in zip(small, offsets, strict=True):
+        _move(master, slab[offset : offset + master.nbytes])
+    left = 0
+    for master in masters:
+        if master.nbytes < _OWN_PAGES_BYTES:
+            continue
+        _move(master, empty_pages(master.nbytes))
+        left += master.nbytes
+        if left >= _TRIM_BYTES:
+            _trim_heap()
+            left = 0
+    _trim_heap()
+
+
+def _move(master: Master, pages: torch.Tensor) -> None:
+    place = pages.view(master.flat.dtype)
+    place.copy_(master.flat)
+    master.become(place, None)
+
+
+def _trim_heap() -> None:
+    """Have glibc give free pages in the middle of its heap back to the system."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _evenly(masters: list[Master], share: float) -> list[Master]:

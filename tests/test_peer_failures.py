@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -273,6 +275,31 @@ def test_page_locking_neither_rounds_up_nor_copies() -> None:
         attach_offload_hooks(model, OffloadPolicy(compute_device="cuda", limit_gb=0))
         run(model, x)
     assert memory.most - memory.before < weight_bytes(model) / 2
+
+
+@ON_LINUX
+def test_weights_that_lie_in_the_heap_are_moved_without_doubling_it() -> None:
+    script = """
+import ctypes, mmap, torch
+heap = ctypes.CDLL(None)
+assert heap.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: everything lies in the heap
+from hookoffload import OffloadPolicy, attach_offload_hooks
+from hookoffload.pinning import _has_own_pages, _move_out_of_heap
+from hookoffload.state_hooks import session_of
+from tests.samples import linears, private_bytes, weight_bytes
+model = linears(width=1536, depth=96)
+attach_offload_hooks(model, OffloadPolicy(compute_device="cpu"))
+masters = session_of(model).store.masters
+assert not any(_has_own_pages(master.flat) for master in masters)
+before = private_bytes()
+_move_out_of_heap(masters)
+assert all(master.flat.data_ptr() % mmap.PAGESIZE == 0 for master in masters)
+print((private_bytes() - before) / weight_bytes(model))
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert float(output) < 0.1
 
 
 @pytest.mark.parametrize("limit", [1, 0.5, 0.001])
