@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,10 @@ from .layer import Layer
 
 if TYPE_CHECKING:
     from .session import Session
+
+
+# Looking rows up in the master pays when the table is larger than a few copies.
+_GATHER_BYTES = 2**20
 
 
 class GatherSite(Site):
@@ -146,3 +152,34 @@ def can_gather(module: nn.Module) -> bool:
         and type(module).forward is nn.Embedding.forward
         and module.max_norm is None
     )
+
+
+class Lookup(enum.Enum):
+    """How rows of an embedding are looked up without bringing its table.
+
+    IN_PLACE: The compute device is the CPU and reads them where the table rests.
+    GATHERED: They are looked up in the master, and cross the link.
+    """
+
+    IN_PLACE = enum.auto()
+    GATHERED = enum.auto()
+
+
+def lookup_of(
+    module: nn.Module, layers: Sequence[Layer], device: torch.device
+) -> Lookup | None:
+    """Return how a module's rows are looked up; None if it brings its layers.
+
+    Args:
+        module: the module.
+        layers: the layers that its forward needs.
+        device: the compute device.
+    """
+    if len(layers) != 1 or not can_gather(module):
+        return None
+    masters = layers[0].masters
+    if len(masters) != 1 or len(masters[0].members) != 1:
+        return None
+    if device.type == "cpu" and not masters[0].codec.casts_streamed:
+        return Lookup.IN_PLACE
+    return Lookup.GATHERED if masters[0].nbytes >= _GATHER_BYTES else None

@@ -20,14 +20,14 @@ from .codec import Codec, choose_codec
 from .coding import assemble_coded, can_code, codes_pay, foreseen
 from .cost import Rates
 from .device_memory import DeviceMemory
-from .gather import can_gather
+from .gather import lookup_of
 from .layer import Layer
-from .partition import SiteSketch, check_tensors, partition
+from .partition import check_tensors, partition
 from .pass_planner import PassPlanner
 from .placement import CPU
 from .plan import Plan
 from .policy import OffloadPolicy, ResolvedPolicy
-from .session import _GATHER_BYTES, Session
+from .session import Session
 from .torch_dtypes import CODES, dtype_of
 
 _Path = str | os.PathLike[str]
@@ -133,22 +133,13 @@ def _described(
 
 def _looked_up(assembly: Assembly, policy: ResolvedPolicy) -> frozenset[int]:
     """Finds tables whose rows are looked up where they rest, as a session does."""
+    moving = assembly.moving
     moved: set[int] = set()
     for site in assembly.sites:
-        layers = [assembly.layers[i] for i in site.layers if i in assembly.moving]
-        if not (len(layers) == 1 and _is_looked_up(site, layers[0], policy)):
+        layers = [assembly.layers[i] for i in site.layers if i in moving]
+        if lookup_of(site.module, layers, policy.compute_device) is None:
             moved.update(layer.index for layer in layers)
-    return frozenset(assembly.moving - moved)
-
-
-def _is_looked_up(site: SiteSketch, layer: Layer, policy: ResolvedPolicy) -> bool:
-    masters = layer.masters
-    alone = len(masters) == 1 and len(masters[0].members) == 1
-    if not (alone and can_gather(site.module)):
-        return False
-    on_cpu = policy.compute_device.type == "cpu"
-    in_file = on_cpu and not masters[0].codec.casts_streamed
-    return in_file or masters[0].nbytes >= _GATHER_BYTES
+    return frozenset(moving - moved)
 
 
 def _labels(codec: Codec) -> tuple[str, str]:

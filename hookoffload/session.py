@@ -14,14 +14,13 @@ from torch import nn
 
 from .adapters import Adapters
 from .always import AlwaysResident
-from .assembly import Assembly
 from .budget import MemoryBudget
 from .calls import CallTracker, TurnTaker, calls_under_way
 from .coding import assemble_coded, renew_codes
 from .containers import map_tensors
 from .entry_site import EntrySite
 from .escapes import Escapes
-from .gather import GatherSite, can_gather
+from .gather import GatherSite
 from .group import Group
 from .hook_set import HookSet
 from .hooks import Site
@@ -29,13 +28,7 @@ from .inventory import Inventory
 from .layer import Layer
 from .master import Master
 from .mover import LayerMover
-from .partition import (
-    Partition,
-    SiteSketch,
-    check_tensors,
-    needs_outside_hooks,
-    partition,
-)
+from .partition import Partition, check_tensors, partition
 from .pass_planner import PassPlanner
 from .passes import Passes
 from .pinning import PageLock
@@ -48,6 +41,7 @@ from .refusals import NotCopied, purge_hooks
 from .root_hooks import RootHooks
 from .run_report import Report, make_report
 from .safetensors_file import TensorLocation
+from .site_making import make_entries, make_sites
 from .state_hooks import StateHooks
 from .stats import OffloadStats
 from .store import Store
@@ -57,9 +51,6 @@ logger = logging.getLogger(__name__)
 
 # Whether a master waits on disk. Those that do first: what is written frees RAM.
 _TIERS = (True, False)
-
-# Looking rows up in the master pays when the table is larger than a few copies.
-_GATHER_BYTES = 2**20
 
 ValueT = TypeVar("ValueT")
 
@@ -161,13 +152,8 @@ class Session(NotCopied):
             self.planner,
             self.budget,
         )
-        self.read_in_place = set()
         moving = assembly.moving
-        sites = [
-            site
-            for sketch in assembly.sites
-            if (site := self._make_site(sketch, assembly, moving))
-        ]
+        sites, self.read_in_place = make_sites(self, assembly, moving)
         moved = {
             layer.index
             for site in sites
@@ -178,7 +164,7 @@ class Session(NotCopied):
         looked_up = frozenset(moving - moved)
         self.planner.set_assembly(assembly, predicted, looked_up)
         self.sites = sites
-        self.entries = self._make_entries(assembly)
+        self.entries = make_entries(self, assembly)
         self.escapes.set_sites(sites)
         self.root_site = next((s for s in sites if s.module is self.model), None)
         self.layers = assembly.layers
@@ -191,52 +177,6 @@ class Session(NotCopied):
         self.passes.set_layers(moved)
         self.mover.set_layers(assembly.layers, predicted)
         self._moved_masters = assembly.moved_masters
-
-    def _make_site(
-        self, sketch: SiteSketch, assembly: Assembly, moving: set[int]
-    ) -> Site | None:
-        layers = tuple(assembly.layers[i] for i in sketch.layers if i in moving)
-        if len(layers) == 1 and can_gather(sketch.module):
-            masters = layers[0].masters
-            if len(masters) == 1 and len(masters[0].members) == 1:
-                on_cpu = self.policy.compute_device.type == "cpu"
-                if on_cpu and not masters[0].codec.casts_streamed:
-                    # Rows are read from the memory map of the file.
-                    self.read_in_place.add(id(masters[0].members[0].tensor))
-                    return None
-                if masters[0].nbytes >= _GATHER_BYTES:
-                    return GatherSite(self, sketch.name, sketch.module, layers[0])
-        # The probe steps aside in those that have their hooks outside; a part that is
-        # called while the model is offloaded has to onload it; and one that is called
-        # by itself finds its buffers as it does in a forward of the root.
-        casts_buffers = assembly.casts_buffers(sketch)
-        needed = layers or sketch.outside or casts_buffers
-        if not needed and self._waits_where_it_rests:
-            return None
-        return Site(
-            self,
-            sketch.name,
-            sketch.module,
-            layers,
-            atomic=sketch.atomic,
-            outside=sketch.outside,
-            casts_buffers=casts_buffers,
-        )
-
-    def _make_entries(self, assembly: Assembly) -> list[EntrySite]:
-        """Make sites of the root's children that have none and hold some."""
-        have = {id(site.module) for site in self.sites}
-        if id(self.model) in assembly.atomic:
-            return []
-        return [
-            EntrySite(self, name, child, ())
-            for name, child in self.model.named_children()
-            if id(child) not in have
-            and id(child) not in assembly.inside_atomic
-            and type(child).forward is not nn.Module.forward
-            and any(id(module) in have for module in child.modules())
-            and not needs_outside_hooks(child)
-        ]
 
     @property
     def label(self) -> str:
@@ -268,7 +208,7 @@ class Session(NotCopied):
             for tier in _TIERS:
                 self.store.adopt(self._tier(tier), policy.rests(on_disk=tier))
             self.store.choose_reads()
-            if self._waits_where_it_rests:
+            if self.waits_where_it_rests:
                 self._page_lock.lock(self.store.masters)
             self.root.register()
             self.hooks.hang_all()
@@ -477,7 +417,7 @@ class Session(NotCopied):
         self.passes.probe_next()  # new modules may read weights sideways
         self._page_lock.unlock(self.store.masters)
         self.store.replace_masters(self._moved_masters, self.policy.rests)
-        if not self._waits_where_it_rests:
+        if not self.waits_where_it_rests:
             self.onloaded = False
         self._page_lock.lock(self.store.masters)
         self._adopt_buffers(self.always.masters)
@@ -538,13 +478,13 @@ class Session(NotCopied):
             return
         with torch.inference_mode(False):
             self.store.note_private_writes()
-            if not self._waits_where_it_rests:
+            if not self.waits_where_it_rests:
                 self._masters_wait = True  # first: an interrupt leaves some of them so
                 for tier in _TIERS:
                     waits = self.policy.waits(on_disk=tier)
                     self.store.onload(self._tier(tier), waits)
             renew_codes(self.store.masters, self.policy, self.budget)
-            if not self._waits_where_it_rests:
+            if not self.waits_where_it_rests:
                 self._page_lock.lock(self.store.masters)
             self.make_room(self.planner.fixed_bytes)
             self.always.onload()
@@ -554,10 +494,10 @@ class Session(NotCopied):
     @property
     def rests_elsewhere(self) -> bool:
         """Whether offload gives back memory of the host as well."""
-        return not self._waits_where_it_rests
+        return not self.waits_where_it_rests
 
     @property
-    def _waits_where_it_rests(self) -> bool:
+    def waits_where_it_rests(self) -> bool:
         """Whether onload moves no master: only the device's memory changes."""
         return self.policy.waits_where_it_rests
 
