@@ -92,7 +92,8 @@ class RootHooks(NotCopied):
             if site is not None:
                 site.pre(module, args, kwargs)
             self._sites.append(site)
-        except BaseException:
+        except BaseException as error:
+            session.torn |= not isinstance(error, Exception)
             self.active -= 1
             if outermost:
                 session.passes.end(complete=False)
@@ -134,6 +135,9 @@ class RootHooks(NotCopied):
             try:
                 if session.calls.depth == 1:
                     session.passes.end(complete=not (failed and output is None))
+            except BaseException as error:
+                session.torn |= not isinstance(error, Exception)
+                raise
             finally:
                 session.leave_call()
         return kept

@@ -359,6 +359,9 @@ class Session(NotCopied):
             if what != "detach":
                 self._take_over_untied()
             yield
+        except BaseException as error:
+            self.torn |= not isinstance(error, Exception)
+            raise
         finally:
             self.calls.leave()
 

@@ -92,7 +92,8 @@ class StateHooks(NotCopied):
                 if calls.depth > 1 and not calls.runs_here() and not calls.is_guest:
                     session.recover()
                 session.sync_masters()
-        except BaseException:
+        except BaseException as error:
+            session.torn |= not isinstance(error, Exception)
             session.calls.leave()
             raise
         self._under_way += 1

@@ -63,10 +63,13 @@ class Window:
             RegionStack(want[1]),
             RegionStack(want[2]),
         )
-        self._ring_block, self._stack_block, self._scratch_block = (
-            self._memory.allocate(kind, nbytes) if nbytes else None
-            for kind, nbytes in zip(("window", "window", "casts"), want, strict=True)
-        )
+        # One by one: an interrupt must leave none that nobody knows of.
+        self._ring_block = self._allocate("window", want[0])
+        self._stack_block = self._allocate("window", want[1])
+        self._scratch_block = self._allocate("casts", want[2])
+
+    def _allocate(self, kind: str, nbytes: int) -> Block | None:
+        return self._memory.allocate(kind, nbytes) if nbytes else None
 
     def free(self) -> None:
         """Give the memory back, before anything is taken instead of it."""

@@ -21,6 +21,8 @@ from hookoffload import (
     offloaded,
     set_limit,
 )
+from hookoffload.state_hooks import session_of
+from tests.interrupts import interrupted_at
 from tests.samples import (
     STREAMING,
     Picture,
@@ -374,6 +376,46 @@ def test_a_resident_layer_among_streamed_ones_keeps_one_hook_that_only_looks() -
     assert same_bits(run(model, x), want)
     detach(model)
     assert not _hooks_by_name(model)
+
+
+def test_a_resident_layer_that_was_called_alone_stands_by_again() -> None:
+    model, x, want = _half_resident()
+    before = _hooks_by_name(model)
+    for _ in range(2):
+        for part in model:
+            run(part, x)
+        for _ in range(2):
+            assert same_bits(run(model, x), want)
+        assert _hooks_by_name(model) == before
+    detach(model)
+
+
+def test_layers_that_stand_by_are_noted_once_however_often_hooks_come_and_go() -> None:
+    model, x, _ = _half_resident()
+    session = session_of(model)
+    assert session is not None
+    for _ in range(5):
+        name = next(name for name, n in _hooks_by_name(model).items() if n == 1)
+        with torch.no_grad():
+            model.get_submodule(name).weight.mul_(0.5)
+        model.state_dict()
+        for _ in range(2):
+            run(model, x)
+        noted = session.hooks._standing_by
+        assert all(len(sites) == 1 for sites in noted.values())
+        assert len(noted) == list(_hooks_by_name(model).values()).count(1)
+    detach(model)
+
+
+def test_attach_takes_a_number_of_steps_that_grows_with_the_layers() -> None:
+    def steps(depth: int) -> int:
+        model = linears(width=8, depth=depth)
+        with interrupted_at(None) as counted:
+            attach_offload_hooks(model, OffloadPolicy(store="disk", limit_gb=0))
+        detach(model)
+        return counted.count
+
+    assert steps(160) < 2.5 * steps(80)
 
 
 def test_a_resident_layer_that_has_to_go_gets_its_hooks_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
@@ -29,7 +30,14 @@ from hookoffload import (
     offload,
     offloaded,
     onload,
+    set_limit,
 )
+from hookoffload.copy_engine import HostCopyEngine
+from hookoffload.device_memory import DeviceMemory
+from hookoffload.layer import Layer
+from hookoffload.mover import LayerMover
+from hookoffload.session import Session
+from hookoffload.state_hooks import session_of
 from tests.garbage import freeze_old_objects
 from tests.interrupts import NthCall, deadline, interrupted_at, steps_of
 from tests.small_models import (
@@ -515,3 +523,244 @@ def test_interrupted_switch_leaves_the_model_whole(
         place = _interrupt(lambda model=model: action(model), step)
         with problems.after(place):
             _assert_recovers(model, before, wanted)
+
+
+# --- in the middle of a hook: the very next call cleans up ---
+
+# Nothing may heal before: not what a state dict does, nor another thread's call.
+
+TORN: dict[str, OffloadPolicy] = {
+    "streamed": OffloadPolicy(compute_device="cpu", store="disk", limit_gb=0),
+    "some stay": OffloadPolicy(compute_device="cpu", store="disk", limit_gb=0.000018),
+    "cast": OffloadPolicy(
+        compute_device="cpu", compute_dtype=torch.float64, limit_gb=0
+    ),
+}
+every_torn = pytest.mark.parametrize("kind", TORN)
+
+
+def _deeper() -> nn.Module:
+    return tiny_model(depth=3, width=16)
+
+
+def _begin(kind: str, passes: int) -> tuple[nn.Module, Snapshot]:
+    """Attach a model and have it run; and what it was before."""
+    model = _deeper()
+    before = Snapshot(model)
+    attach_offload_hooks(model, TORN[kind])
+    for _ in range(passes):
+        run(model, tokens())
+    return model, before
+
+
+def _deeper_outputs(kind: str) -> torch.Tensor:
+    model = _deeper()
+    return run(model.double() if kind == "cast" else model, tokens())
+
+
+def _live(model: nn.Module) -> Session:
+    session = session_of(model)
+    assert session is not None
+    return session
+
+
+def _assert_next_calls_heal(
+    model: nn.Module, before: Snapshot, wanted: torch.Tensor
+) -> None:
+    """Fail unless the next two forwards are right, and nothing is kept behind them."""
+    session = _live(model)
+    for _ in range(2):
+        assert_same(run(model, tokens()), wanted)
+        live = {layer.region for layer in session.layers}
+        assert set(session.mover.window._ring._live) <= live, "regions are lost"
+    assert not [m.name for m in session.store.masters if m.dirty], "taken for edited"
+    offload(model)
+    assert session.budget.used == 0, "memory is lost"
+    detach(model)
+    _assert_whole(model, before)
+
+
+class RestsInside:
+    """Notes which weights lie at rest in forwards, but for rows that are looked up."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: set[str] = set()
+        self._members = {id(m.tensor): m for m in _live(model).inventory}
+        self._handles = [
+            module.register_forward_pre_hook(self._look)
+            for module in model.modules()
+            if module is not model and not isinstance(module, nn.Embedding)
+        ]
+
+    def _look(self, module: nn.Module, _: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            member = self._members[id(parameter)]
+            if parameter.data_ptr() == member.rest_pointer:
+                self.found.add(member.name)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("what", [(Layer, "bind"), (LayerMover, "_unbind")])
+@every_torn
+def test_interrupt_while_a_layer_is_swapped_is_healed_by_the_next_forward(
+    monkeypatch: pytest.MonkeyPatch,
+    problems: Problems,
+    kind: str,
+    what: tuple[type, str],
+    after: bool,
+) -> None:
+    wanted = _deeper_outputs(kind)
+    owner, name = what
+    original = getattr(owner, name)
+    for number in range(1000):
+        model, before = _begin(kind, 2)
+        patched = NthCall(original, number, after=after)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, patched)
+            try:
+                run(model, tokens())
+            except KeyboardInterrupt:
+                interrupted = True
+            else:
+                interrupted = False
+        with problems.after(f"call {number}"):
+            _assert_next_calls_heal(model, before, wanted)
+        if not interrupted:
+            break
+    assert number == patched.calls > 0, "every call was interrupted once"
+
+
+def test_interrupt_while_a_layer_rests_leaves_its_weights_in_the_users_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    plain = chain(8, 16, 8)
+    save_file(plain.state_dict(), path)
+    model = load_model(lambda: chain(8, 16, 8), path, on_disk(tmp_path))
+    x = torch.ones(1, 8)
+    run(model, x)
+    for number in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(LayerMover, "_unbind", NthCall(LayerMover._unbind, number))
+            with pytest.raises(KeyboardInterrupt):
+                run(model, x)
+        assert_same(run(model, x), run(plain, x))
+    masters = _live(model).store.masters
+    assert masters and all(master.location is not None for master in masters)
+    detach(model)
+
+
+@every_torn
+def test_interrupt_at_any_step_of_a_parts_call_is_healed_by_the_next_one(
+    problems: Problems, kind: str
+) -> None:
+    wanted = _deeper_outputs(kind)
+    dtype = torch.float64 if kind == "cast" else torch.float32
+    x = torch.ones(1, 16, dtype=dtype)
+
+    model, _ = _begin(kind, 2)
+    part_wanted = run(model.blocks[0].up, x)
+    steps = steps_of(lambda: run(model.blocks[0].up, x))
+    detach(model)
+    for step in _share(steps, list(TORN).index(kind)):
+        model, before = _begin(kind, 2)
+        part = model.blocks[0].up
+        place = _interrupt(lambda part=part: run(part, x), step)
+        with problems.after(place):
+            assert_same(run(part, x), part_wanted)
+            _assert_next_calls_heal(model, before, wanted)
+
+
+def test_interrupt_while_the_window_is_given_back_does_not_lose_its_memory(
+    monkeypatch: pytest.MonkeyPatch, problems: Problems
+) -> None:
+    wanted = _deeper_outputs("some stay")
+    for owner, name in ((HostCopyEngine, "drain"), (DeviceMemory, "free")):
+        original = getattr(owner, name)
+        for number in range(1000):
+            model, before = _begin("some stay", 3)
+            patched = NthCall(original, number)
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, patched)
+                try:
+                    offload(model)
+                except KeyboardInterrupt:
+                    interrupted = True
+                else:
+                    interrupted = False
+            with problems.after(f"call {number} of {name}"):
+                if interrupted and name == "free":
+                    set_limit(model, None)
+                    assert_same(run(model, tokens()), wanted)
+                    held = _live(model).budget.by_kind().get("window")
+                    assert not held, "nothing is streamed any more"
+                _assert_next_calls_heal(model, before, wanted)
+            if not interrupted:
+                break
+        assert number == patched.calls > 0, "every call was interrupted once"
+
+
+HOOKS_CHANGE: dict[str, Callable[[nn.Module], Any]] = {
+    "offload": offload,
+    "set_limit": lambda model: set_limit(model, 0.000014),
+    "state_dict": lambda model: model.state_dict(),
+    "load_state_dict": lambda model: model.load_state_dict(_deeper().state_dict()),
+    "forward": lambda model: run(model, tokens()),
+}
+
+
+def _ready_to_change_hooks(what: str) -> nn.Module:
+    """Attach a model, part of which stands by; some actions find an edit of it."""
+    model, _ = _begin("some stay", 1 if what == "forward" else 3)
+    if what == "state_dict":
+        with torch.no_grad():
+            for parameter in model.blocks[0].parameters():
+                parameter.add_(0)
+    return model
+
+
+@pytest.mark.parametrize("what", HOOKS_CHANGE)
+def test_interrupt_while_hooks_change_leaves_no_weight_at_rest_in_a_forward(
+    problems: Problems, what: str
+) -> None:
+    """On an accelerator the weights at rest are on another device."""
+    wanted, action = _deeper_outputs("some stay"), HOOKS_CHANGE[what]
+    model = _ready_to_change_hooks(what)
+    steps = steps_of(lambda: action(model))
+    if what in ("forward", "load_state_dict"):
+        steps = _share(steps, len(what))  # most of them change no hooks
+    detach(model)
+    for step in steps:
+        model = _ready_to_change_hooks(what)
+        place = _interrupt(lambda model=model: action(model), step)
+        with problems.after(place):
+            rests = RestsInside(model)
+            assert_same(run(model, tokens()), wanted)
+            rests.remove()
+            assert not rests.found, f"at rest: {rests.found}"
+        detach(model)
+
+
+@pytest.mark.parametrize("number", range(0, 12, 2))
+def test_interrupt_behind_a_hook_that_was_registered_is_no_hook_that_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    wanted = _deeper_outputs("some stay")
+    model, _ = _begin("some stay", 1)
+    register = NthCall(nn.Module.register_forward_pre_hook, number, after=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "register_forward_pre_hook", register)
+        with contextlib.suppress(KeyboardInterrupt):
+            for _ in range(2):
+                run(model, tokens())
+    rests = RestsInside(model)
+    set_limit(model, 0.000014)
+    for _ in range(2):
+        assert_same(run(model, tokens()), wanted)
+    assert not rests.found
+    rests.remove()
+    detach(model)

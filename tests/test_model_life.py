@@ -28,6 +28,7 @@ from hookoffload import (
 from tests.small_models import (
     TinyModel,
     assert_same,
+    chain,
     expected,
     on_disk,
     run,
@@ -734,6 +735,55 @@ def test_state_dict_that_is_written_to_later_changes_the_weights(
     assert_same(run(model, x), run(plain, x))
 
 
+def _chain_and_copy(
+    folder: Path, limit_gb: float | None
+) -> tuple[nn.Sequential, nn.Sequential, torch.Tensor]:
+    """Attach eight layers, run them until they have their plan; and a plain copy."""
+    model, x = chain(*[32] * 9), torch.randn(2, 32)
+    plain = copy.deepcopy(model)
+    attach_offload_hooks(model, on_disk(folder, limit_gb=limit_gb))
+    for _ in range(3):
+        assert_same(run(model, x), run(plain, x))
+    return model, plain, x
+
+
+# All resident without hooks; some resident, with one hook that looks; all streamed.
+@pytest.mark.parametrize("limit_gb", [None, 0.000025, 0])
+@pytest.mark.parametrize("once", [True, False], ids=["held", "taken anew"])
+def test_write_to_a_state_dict_is_seen_by_a_part_that_is_called_alone(
+    tmp_path: Path, once: bool, limit_gb: float | None
+) -> None:
+    model, plain, x = _chain_and_copy(tmp_path, limit_gb)
+    held = [each.state_dict() for each in (model, plain)]
+    for index in range(8):
+        for each, state in zip((model, plain), held, strict=True):
+            taken = state if once else each.state_dict()
+            taken[f"{index}.weight"].mul_(0.5)
+        assert_same(run(model[index], x), run(plain[index], x))
+        assert_same(run(model, x), run(plain, x))
+    detach(model)
+    assert_same(run(model, x), run(plain, x))
+
+
+@pytest.mark.parametrize("limit_gb", [None, 0.000025])
+def test_part_that_is_called_alone_behind_a_load_does_not_compute_at_rest(
+    tmp_path: Path, limit_gb: float | None
+) -> None:
+    """On an accelerator the weights at rest are on another device."""
+    model, plain, x = _chain_and_copy(tmp_path, limit_gb)
+    for each in (model, plain):
+        state = {name: tensor * 1.5 for name, tensor in each.state_dict().items()}
+        each.load_state_dict(state)
+    at_rest = [layer.weight.data_ptr() for layer in model]
+    read: list[int] = []
+    for layer in model:
+        layer.register_forward_pre_hook(lambda m, _: read.append(m.weight.data_ptr()))
+    for layer, other in zip(model, plain, strict=True):
+        assert_same(run(layer, x), run(other, x))
+    assert len(read) == 8 and not set(read) & set(at_rest)
+    detach(model)
+
+
 def test_data_of_another_shape_in_the_same_memory_is_noticed(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
     attach_offload_hooks(model, on_disk(tmp_path))
@@ -741,6 +791,26 @@ def test_data_of_another_shape_in_the_same_memory_is_noticed(tmp_path: Path) -> 
     with pytest.raises(RuntimeError, match=r"with shape \(3, 8\)"):
         run(model, torch.zeros(1, 8))
     detach(model)
+
+
+@pytest.mark.parametrize("limit_gb", [None, 0])
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [(torch.int8, torch.uint8), (torch.bfloat16, torch.float16)],
+    ids=["integers", "floats"],
+)
+def test_data_of_another_dtype_in_the_same_memory_is_noticed(
+    tmp_path: Path, dtype: torch.dtype, other: torch.dtype, limit_gb: float | None
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].register_buffer("table", torch.ones(4, dtype=dtype))
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=limit_gb))
+    run(model, torch.zeros(1, 8))
+    model[0].table.data = model[0].table.data.view(other)
+    with pytest.raises(RuntimeError, match=f"0.table was moved or cast.* is {other}"):
+        run(model, torch.zeros(1, 8))
+    detach(model)
+    assert model[0].table.dtype == dtype
 
 
 def test_disk_dir_is_found_again_from_another_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from hookoffload import (
     BudgetExceededError,
@@ -428,6 +430,33 @@ def test_what_gave_way_in_the_middle_of_a_forward_comes_back() -> None:
     assert _kept(models)["outer"] == 6
     assert _moved(models, lambda: run(models["outer"], X)) == 0
     detach(models)
+
+
+@pytest.mark.parametrize("layers", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nothing_keeps_the_memory_that_an_idle_model_gave_way(
+    dtype: torch.dtype, layers: float
+) -> None:
+    models = {"a": Stack(depth=3), "b": linears(WIDTH, 5)}
+    x = X.to(dtype)
+    policy = _policy(layers * dtype.itemsize / 4, compute_dtype=dtype)
+    with offloaded(models, policy):
+        for _ in range(3):
+            run(models["a"], x)
+        session = session_of(models["a"])
+        assert session is not None
+        live = session.mover.memory._live
+        taken = {
+            key: (block.kind, StorageWeakRef(block.bytes.untyped_storage()))
+            for key, block in live.items()
+        }
+        run(models["b"], x)
+        run(models["b"], x)
+        gc.collect()
+        gone = {key: kept for key, kept in taken.items() if key not in live}
+        assert "window" in {kind for kind, _ in gone.values()}
+        assert [kind for kind, memory in gone.values() if not memory.expired()] == []
+        run(models["a"], x)
 
 
 def test_buffers_that_are_always_on_the_device_find_room() -> None:

@@ -26,6 +26,7 @@ from hookoffload import (
     onload,
     set_limit,
 )
+from hookoffload.calls import CallTracker
 from hookoffload.session import Session
 from hookoffload.state_hooks import session_of
 from tests.small_models import (
@@ -485,6 +486,82 @@ def test_part_whose_edits_do_not_fit_the_limit_lets_other_threads_in(
     del session.part_changed
     in_thread(run, model[0], torch.zeros(1, 64))
     detach(model)
+
+
+class LetsAnotherIn(nn.Module):
+    """Goes on in its forward when another thread waits at one of its parts.
+
+    Args:
+        sideways: use the last part's weight without calling it.
+    """
+
+    def __init__(self, *, sideways: bool) -> None:
+        super().__init__()
+        self.part = nn.Linear(32, 32)
+        self.last = nn.Linear(32, 32)
+        self.sideways = sideways
+        self.inside = threading.Event()
+        self.waits: threading.Event | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.part(x)
+        if self.waits is not None:
+            self.inside.set()
+            end = time.monotonic() + PATIENCE
+            # Not in `wait`: whoever does is taken to have sent the other thread.
+            while not self.waits.is_set() and time.monotonic() < end:
+                time.sleep(0.001)
+        if self.sideways:
+            return nn.functional.linear(x, self.last.weight)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("limit_gb", [None, 0])
+@pytest.mark.parametrize("sideways", [False, True])
+def test_thread_that_waits_at_a_part_while_its_hooks_change_leaves_nothing_behind(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit_gb: float | None,
+    sideways: bool,
+) -> None:
+    """The first pass ends with fewer hooks, or with sites that were made anew."""
+    model = LetsAnotherIn(sideways=sideways)
+    x = torch.randn(2, 32)
+    wanted, part_wanted = expected_of_both(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=limit_gb))
+    session = session_of(model)
+    assert session is not None
+    wait, waits = CallTracker._wait_for_turn, threading.Event()
+
+    def tell_and_wait(tracker: CallTracker) -> bool:
+        waits.set()
+        return wait(tracker)
+
+    def call_part() -> torch.Tensor:
+        assert model.inside.wait(PATIENCE)
+        return run(model.part, x)
+
+    monkeypatch.setattr(CallTracker, "_wait_for_turn", tell_and_wait)
+    model.waits = waits
+    other = Worker(call_part)
+    assert_same(run(model, x), wanted)
+    assert_same(other.result(), part_wanted)
+    assert waits.is_set()
+    model.waits = None
+    assert (session.calls.owner, session.calls.depth) == (None, 0)
+    assert not any(layer.bound for layer in session.layers)
+    run(model, x)  # makes resident what the part's call has brought
+    before = offload_stats(model).bytes_moved
+    assert_same(run(model, x), wanted)
+    if limit_gb is None:
+        assert offload_stats(model).bytes_moved == before, "everything stays"
+    detach(model)
+
+
+def expected_of_both(
+    model: LetsAnotherIn, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return run(model, x), run(model.part, x)
 
 
 def test_forward_gets_its_turn_beside_a_thread_that_loads_all_the_time(
