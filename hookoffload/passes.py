@@ -61,8 +61,7 @@ class Passes:
             for master, member in moved:
                 master.check_same(member)
             session.sync_masters()
-        for written in session.inventory.written_by_holders():
-            session.note_write(written)
+        session.take_over_writes()
         session.begin_outermost_call()
         if session.group is not None:
             session.group.note(session, "")

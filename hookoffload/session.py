@@ -111,6 +111,7 @@ class Session(NotCopied):
         self.inside_atomic: frozenset[int]
         self.read_in_place: set[int]  # ids of tables that are never brought in
         self._masters: dict[int, Master] = {}
+        self._copied: frozenset[int]  # ids of masters that are not used where they rest
         self._parted: list[Master] = []  # of tensors that left their master
         self.hooks = HookSet(self)
         self.mover.on_evict = self.hooks.layer_evicted
@@ -177,6 +178,11 @@ class Session(NotCopied):
         self.passes.set_layers(moved)
         self.mover.set_layers(assembly.layers, predicted)
         self._moved_masters = assembly.moved_masters
+        self._copied = frozenset(
+            id(piece.master)
+            for layer in (*assembly.layers, assembly.always, assembly.always_cast)
+            for piece in layer.pieces
+        )
 
     @property
     def label(self) -> str:
@@ -282,9 +288,17 @@ class Session(NotCopied):
         Returns:
             Whether layers and sites were made anew.
         """
+        self.take_over_writes()
+        return self._take_over_untied()
+
+    def take_over_writes(self) -> None:
+        """Notice what whoever has a state dict wrote to it."""
         for written in self.inventory.written_by_holders():
             self.note_write(written)
-        return self._take_over_untied()
+
+    def may_be_bound(self, master: Master) -> bool:
+        """Tell whether the compute device uses a copy of a master."""
+        return id(master) in self._copied
 
     def site_of(self, module: nn.Module) -> Site | None:
         """Return the site of a module, None if it needs none."""
@@ -356,6 +370,7 @@ class Session(NotCopied):
                     "thread in the meantime; call attach_offload_hooks first"
                 )
             self.require_no_call(what)
+            self.take_over_writes()  # or they would go with the copies that wait in RAM
             if what != "detach":
                 self._take_over_untied()
             yield
@@ -548,6 +563,7 @@ class Session(NotCopied):
 
     def sync_masters(self) -> None:
         """Bring everything that was written to tensors into their masters."""
+        self.take_over_writes()
         self._take_over_untied()
         with torch.inference_mode(False):
             self.always.sync()

@@ -112,7 +112,7 @@ class StateHooks(NotCopied):
     def _after_state_dict(
         self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any
     ) -> None:
-        """Return the masters of tensors that are bound between passes."""
+        """Return the masters of tensors that are bound between passes, or can be."""
         if self.session.probe is not None:
             self.session.probe.look_away(-1)
         inventory = self.session.inventory
@@ -122,8 +122,12 @@ class StateHooks(NotCopied):
                 value = state.get(prefix + key)
                 if found is None or not isinstance(value, torch.Tensor):
                     continue
+                if value is tensor:
+                    continue  # keep_vars=True asks for the objects
                 bound = value.data_ptr() != found[1].rest_pointer
-                if value is not tensor and bound:  # keep_vars=True asks for the objects
+                # What is at rest may be bound by the time that its holder writes to
+                # it, and would count as written by a forward: it shares its version.
+                if bound or self.session.may_be_bound(found[0]):
                     state[prefix + key] = inventory.hand_out(*found)
                     if self.session.hooks.all_off:
                         self.session.hooks.hang_all()  # to see writes to it

@@ -675,33 +675,45 @@ def test_interrupt_at_any_step_of_a_parts_call_is_healed_by_the_next_one(
             _assert_next_calls_heal(model, before, wanted)
 
 
-def test_interrupt_while_the_window_is_given_back_does_not_lose_its_memory(
-    monkeypatch: pytest.MonkeyPatch, problems: Problems
+def _offload_with_a_window() -> tuple[nn.Module, Snapshot, Callable[[], Any]]:
+    model, before = _begin("some stay", 3)
+    return model, before, lambda: offload(model)
+
+
+def _first_forward() -> tuple[nn.Module, Snapshot, Callable[[], Any]]:
+    model, before = _begin("some stay", 0)
+    return model, before, lambda: run(model, tokens())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "get_ready"),
+    [
+        (HostCopyEngine, "drain", _offload_with_a_window),
+        (DeviceMemory, "free", _offload_with_a_window),
+        (DeviceMemory, "allocate", _first_forward),
+    ],
+    ids=["drained", "given back", "taken"],
+)
+def test_interrupt_while_memory_is_taken_or_given_back_loses_none(
+    monkeypatch: pytest.MonkeyPatch,
+    problems: Problems,
+    owner: type,
+    name: str,
+    get_ready: Callable[[], tuple[nn.Module, Snapshot, Callable[[], Any]]],
 ) -> None:
-    wanted = _deeper_outputs("some stay")
-    for owner, name in ((HostCopyEngine, "drain"), (DeviceMemory, "free")):
-        original = getattr(owner, name)
-        for number in range(1000):
-            model, before = _begin("some stay", 3)
-            patched = NthCall(original, number)
-            with monkeypatch.context() as patch:
-                patch.setattr(owner, name, patched)
-                try:
-                    offload(model)
-                except KeyboardInterrupt:
-                    interrupted = True
-                else:
-                    interrupted = False
-            with problems.after(f"call {number} of {name}"):
-                if interrupted and name == "free":
-                    set_limit(model, None)
-                    assert_same(run(model, tokens()), wanted)
-                    held = _live(model).budget.by_kind().get("window")
-                    assert not held, "nothing is streamed any more"
-                _assert_next_calls_heal(model, before, wanted)
-            if not interrupted:
-                break
-        assert number == patched.calls > 0, "every call was interrupted once"
+    wanted, original = _deeper_outputs("some stay"), getattr(owner, name)
+    for number in range(1000):
+        model, before, action = get_ready()
+        patched = NthCall(original, number)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, patched)
+            with contextlib.suppress(KeyboardInterrupt):
+                action()
+        with problems.after(f"call {number}"):
+            _assert_next_calls_heal(model, before, wanted)
+        if patched.calls <= number:
+            break
+    assert number == patched.calls > 0, "every call was interrupted once"
 
 
 HOOKS_CHANGE: dict[str, Callable[[nn.Module], Any]] = {

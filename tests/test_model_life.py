@@ -765,14 +765,40 @@ def test_write_to_a_state_dict_is_seen_by_a_part_that_is_called_alone(
     assert_same(run(model, x), run(plain, x))
 
 
+@pytest.mark.parametrize("limit_gb", [None, 0.000025, 0])
+@pytest.mark.parametrize("passes", [0, 1])
+def test_state_dict_that_was_taken_right_after_attach_can_be_written_to_for_ever(
+    tmp_path: Path, passes: int, limit_gb: float | None
+) -> None:
+    """What it holds was at rest then, and is resident by now."""
+    model, x = chain(*[32] * 9), torch.randn(2, 32)
+    plain = copy.deepcopy(model)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=limit_gb))
+    for _ in range(passes):
+        run(model, x)
+    held = [each.state_dict() for each in (model, plain)]
+    for _ in range(3):
+        assert_same(run(model, x), run(plain, x))
+    for index in range(8):
+        for state in held:
+            state[f"{index}.weight"].mul_(0.5)
+        assert_same(run(model[index], x), run(plain[index], x))
+        assert_same(run(model, x), run(plain, x))
+    for name, tensor in model.state_dict().items():
+        assert_same(tensor, plain.state_dict()[name])
+    detach(model)
+    assert_same(run(model, x), run(plain, x))
+
+
 @pytest.mark.parametrize("limit_gb", [None, 0.000025])
 def test_part_that_is_called_alone_behind_a_load_does_not_compute_at_rest(
     tmp_path: Path, limit_gb: float | None
 ) -> None:
     """On an accelerator the weights at rest are on another device."""
     model, plain, x = _chain_and_copy(tmp_path, limit_gb)
+    # Not the model's own: who has its state dict has it watched.
+    state = {name: tensor * 1.5 for name, tensor in plain.state_dict().items()}
     for each in (model, plain):
-        state = {name: tensor * 1.5 for name, tensor in each.state_dict().items()}
         each.load_state_dict(state)
     at_rest = [layer.weight.data_ptr() for layer in model]
     read: list[int] = []
@@ -855,3 +881,39 @@ def test_data_given_behind_an_interrupted_forward_keeps_its_strides(
     detach(model)
     assert torch.equal(model[1].weight, new)
     assert model[1].weight.stride() == new.stride()
+
+
+@pytest.mark.parametrize("when", ["right after attach", "after forwards"])
+@pytest.mark.parametrize("action", [offload, detach, nn.Module.state_dict])
+@pytest.mark.parametrize("limit_gb", [None, 0])
+def test_write_to_a_state_dict_is_kept_whatever_comes_next(
+    tmp_path: Path,
+    limit_gb: float | None,
+    action: Callable[[nn.Module], Any],
+    when: str,
+) -> None:
+    """Masters that went from disk to RAM are not dropped with what was written."""
+    plain, x = chain(*[32] * 5), torch.randn(2, 32)
+    path = tmp_path / "model.safetensors"
+    save_file(plain.state_dict(), path)
+    policy = OffloadPolicy(
+        offload=Placement(device="disk"),
+        onload=Placement(device="cpu"),
+        disk_dir=tmp_path,
+        compute_device="cpu",
+        compute_dtype=torch.float64,
+        limit_gb=limit_gb,
+    )
+    model = load_model(lambda: chain(*[32] * 5), path, policy)
+    if when == "after forwards":
+        for _ in range(3):
+            run(model, x.double())
+    for state in (model.state_dict(), plain.state_dict()):
+        for name in ("0.weight", "3.bias"):
+            state[name].mul_(0.5)
+    action(model)
+    if action is not detach:
+        run(model, x.double())
+        detach(model)
+    for name, tensor in plain.state_dict().items():
+        assert_same(model.state_dict()[name], tensor)
