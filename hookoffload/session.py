@@ -563,7 +563,6 @@ class Session(NotCopied):
 
     def sync_masters(self) -> None:
         """Bring everything that was written to tensors into their masters."""
-        self.take_over_writes()
         self._take_over_untied()
         with torch.inference_mode(False):
             self.always.sync()
