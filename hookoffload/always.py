@@ -65,6 +65,16 @@ class AlwaysResident:
             master = piece.master
             block.typed(_dtype(master))[: master.count].copy_(master.flat)
 
+    def renew(self, master: Master) -> None:
+        """Copy a master that was written to at rest to where it is bound.
+
+        What is cast is looked at where a call begins.
+        """
+        layer = self._uncast
+        for piece, block in zip(layer.pieces, layer.resident or (), strict=False):
+            if piece.master is master:
+                block.typed(_dtype(master))[: master.count].copy_(master.flat)
+
     def enter(self) -> None:
         """Bind what is cast, at the beginning of the outermost call."""
         layer = self._cast

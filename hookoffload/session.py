@@ -563,6 +563,7 @@ class Session(NotCopied):
 
     def sync_masters(self) -> None:
         """Bring everything that was written to tensors into their masters."""
+        self.take_over_writes()  # or copies that are older would go over them
         self._take_over_untied()
         with torch.inference_mode(False):
             self.always.sync()
@@ -573,6 +574,8 @@ class Session(NotCopied):
     def note_write(self, master: Master) -> None:
         """Take the bytes at rest for newer than those that are resident."""
         master.note_change()
+        with torch.inference_mode(False):
+            self.always.renew(master)
         for layer in self.layers:
             if master in layer.masters and layer.stays_bound:
                 with torch.inference_mode(False):

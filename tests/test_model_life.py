@@ -25,6 +25,13 @@ from hookoffload import (
     offloaded,
     onload,
 )
+from hookoffload.always import AlwaysResident
+from hookoffload.budget import MemoryBudget
+from hookoffload.codec import Codec
+from hookoffload.device_memory import DeviceMemory
+from hookoffload.layer import Layer
+from hookoffload.master import Master
+from hookoffload.partition import group_tensors
 from tests.small_models import (
     TinyModel,
     assert_same,
@@ -917,3 +924,24 @@ def test_write_to_a_state_dict_is_kept_whatever_comes_next(
         detach(model)
     for name, tensor in plain.state_dict().items():
         assert_same(model.state_dict()[name], tensor)
+
+
+def test_write_to_a_buffer_at_rest_reaches_the_copy_that_forwards_use() -> None:
+    model = nn.BatchNorm1d(4)
+    _, groups = group_tensors(model)
+    mean = next(group for group in groups if group.name == "running_mean")
+    master = Master(mean, Codec(torch.float32, torch.float32, torch.float32))
+    layer = Layer(-1, "buffers", [master])
+    # As on an accelerator, which cannot read it where it rests.
+    master.on_disk = True
+    layer.measure(torch.device("cpu"), may_stay=True)
+    memory = DeviceMemory(torch.device("cpu"), MemoryBudget(None))
+    always = AlwaysResident(layer, Layer(-2, "cast buffers", ()), memory)
+    always.onload()
+    assert model.running_mean.data_ptr() != master.flat.data_ptr()
+    master.flat.fill_(3)
+    master.note_change()
+    always.renew(master)
+    assert_same(model.running_mean, torch.full((4,), 3.0))
+    always.release()
+    assert_same(model.running_mean, torch.full((4,), 3.0))
