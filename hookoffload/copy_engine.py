@@ -558,15 +558,18 @@ class _StagedCopies:
                 copy.entry.read(read.began, read.ended, read.chunk.nbytes)
             if copy.entry is not None:
                 copy.entry.begin_move(self._stream)
-            offsets = read.offsets()
-            for part in read.chunk.parts:
-                region = staged[part.master][part.start : part.start + part.nbytes]
-                region.copy_(read.place(part, offsets), non_blocking=True)
-            if copy.entry is not None:
-                copy.entry.end_move(self._stream, read.chunk.nbytes)
-            event = torch.Event(self._device)
-            event.record(self._stream)
-            self._staging.give_back(read, event)
+            try:
+                offsets = read.offsets()
+                for part in read.chunk.parts:
+                    region = staged[part.master][part.start : part.start + part.nbytes]
+                    region.copy_(read.place(part, offsets), non_blocking=True)
+            finally:
+                # Also where the device refuses: the ring has few buffers to lose.
+                if copy.entry is not None:
+                    copy.entry.end_move(self._stream, read.chunk.nbytes)
+                event = torch.Event(self._device)
+                event.record(self._stream)
+                self._staging.give_back(read, event)
 
     def drained(self) -> None:
         self._staging.reset()

@@ -84,7 +84,8 @@ class GatherSite(Site):
             self._bind_stand_in(layer)
             if session.probe is not None:
                 session.probe.enter(self)
-        except BaseException:
+        except BaseException as error:
+            session.torn |= not isinstance(error, Exception)
             self.active -= 1
             self._gathering = False
             session.leave_call()
@@ -124,6 +125,9 @@ class GatherSite(Site):
             rows = functional.embedding(indices.to(table.device), table)
             session.count_moved(layer, rows.nbytes)
             return rows.to(dtype=output.dtype).to(output.device, non_blocking=True)
+        except BaseException as error:
+            session.torn |= not isinstance(error, Exception)
+            raise
         finally:
             self.active -= 1
             session.leave_call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from pathlib import Path
 
 import torch
@@ -104,6 +105,8 @@ def _meminfo(field: str) -> int:
 
 def empty_pages(nbytes: int) -> torch.Tensor:
     """Return memory that shares no page with other data."""
+    if sys.platform == "win32":  # where nothing forks
+        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
     # Private, or a forked child would write to its parent's.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)

@@ -203,8 +203,10 @@ def _move(master: Master, pages: torch.Tensor) -> None:
 
 def _trim_heap() -> None:
     """Have glibc give free pages in the middle of its heap back to the system."""
+    if not sys.platform.startswith("linux"):
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if trim is not None:  # musl has none
         trim(0)
 
 

@@ -246,3 +246,24 @@ def test_a_copy_that_fails_raises_where_it_is_waited_for(
         engine.wait(failing)
     engine.wait(following)
     engine.close()
+
+
+def test_copies_that_the_device_refuses_lose_no_staging_buffer(
+    device: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = StreamCopyEngine(CPU)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no room")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(_Target, "copy_", refuse)
+        for _ in range(8):  # more often than there are buffers
+            begun = _copy(device, pinned=False)
+            engine.start(begun)
+            with pytest.raises(RuntimeError, match="no room"):
+                engine.wait(begun)
+    begun = _copy(device, pinned=False)
+    engine.start(begun)
+    engine.wait(begun)
+    engine.close()
