@@ -675,6 +675,25 @@ def test_interrupt_at_any_step_of_a_parts_call_is_healed_by_the_next_one(
             _assert_next_calls_heal(model, before, wanted)
 
 
+def test_interrupt_at_any_step_of_a_lookup_by_itself_is_healed_by_the_next_one(
+    problems: Problems,
+) -> None:
+    model = nn.Sequential(nn.Embedding(4200, 64), nn.Linear(64, 4))
+    table, ids = model[0].weight.detach().clone(), torch.arange(3)
+    policy = OffloadPolicy(compute_dtype=torch.float64, limit_gb=0.002)
+    attach_offload_hooks(model, policy)  # the table does not fit
+    wanted, rows = run(model, ids), table[ids].double()
+    for step in steps_of(lambda: run(model[0], ids)):
+        place = _interrupt(lambda: run(model[0], ids), step)
+        with problems.after(place):
+            assert_same(run(model[0], ids), rows)
+            assert_same(run(model, ids), wanted)
+            assert model[0].weight.dtype == torch.float32
+            assert_same(model.state_dict()["0.weight"], table)
+    detach(model)
+    assert_same(model[0].weight.detach(), table)
+
+
 def _offload_with_a_window() -> tuple[nn.Module, Snapshot, Callable[[], Any]]:
     model, before = _begin("some stay", 3)
     return model, before, lambda: offload(model)
