@@ -88,7 +88,12 @@ class PageLock:
         cap -= sum(lock.locked_bytes for lock in self._sharing)
         chosen = _evenly(waiting, min(max(cap, 0) / total, 1.0))
         # Codes have pages of their own from the start.
-        guests = [m for m in chosen if m.code is None and not _has_own_pages(m.flat)]
+        maps = _starts_of_maps()
+        guests = [
+            master
+            for master in chosen
+            if master.code is None and not _has_own_pages(master.flat, maps)
+        ]
         if guests:
             _move_out_of_heap(guests)
             self._moved += guests
@@ -132,7 +137,7 @@ class PageLock:
         self._moved = []
 
 
-def _has_own_pages(flat: torch.Tensor) -> bool:
+def _has_own_pages(flat: torch.Tensor, maps: set[int]) -> bool:
     """Tell whether no other allocation lies on the pages of a tensor's storage.
 
     True for files and other maps that begin with the storage, and for what glibc's
@@ -141,12 +146,16 @@ def _has_own_pages(flat: torch.Tensor) -> bool:
     start of the map, and the size with flag 2 ("mmapped") alone; start and end of the
     map must then fall on pages (malloc/malloc.c, "struct malloc_chunk"). In doubt the
     answer is no.
+
+    Args:
+        flat: the tensor.
+        maps: addresses at which the process's memory maps begin.
     """
     page = mmap.PAGESIZE
     storage = flat.untyped_storage()
     start, nbytes = storage.data_ptr(), storage.nbytes()
     if start % page == 0:
-        return start in _starts_of_maps()
+        return start in maps
     if start % page < 16 or not sys.platform.startswith("linux"):
         return False
     chunk = start - 16
@@ -162,6 +171,7 @@ def _has_own_pages(flat: torch.Tensor) -> bool:
 
 
 def _starts_of_maps() -> set[int]:
+    """Return the addresses at which this process's memory maps begin."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -176,23 +186,28 @@ def _move_out_of_heap(masters: Sequence[Master]) -> None:
     model of which no weight is larger than 32 MiB may lie in the heap as a whole.
     """
     small = [master for master in masters if master.nbytes < _OWN_PAGES_BYTES]
-    offsets, end = [], 0
-    for master in small:
-        offsets.append(end)
-        end += -(-master.nbytes // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
-    slab = empty_pages(max(end, 1))
-    for master, offset in zip(small, offsets, strict=True):
-        _move(master, slab[offset : offset + master.nbytes])
+    if small:
+        _move_into_slab(small)
     left = 0
     for master in masters:
         if master.nbytes < _OWN_PAGES_BYTES:
-            continue
+            continue  # in the slab
         _move(master, empty_pages(master.nbytes))
         left += master.nbytes
         if left >= _TRIM_BYTES:
             _trim_heap()
             left = 0
     _trim_heap()
+
+
+def _move_into_slab(masters: Sequence[Master]) -> None:
+    offsets, end = [], 0
+    for master in masters:
+        offsets.append(end)
+        end += -(-master.nbytes // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
+    slab = empty_pages(end)
+    for master, offset in zip(masters, offsets, strict=True):
+        _move(master, slab[offset : offset + master.nbytes])
 
 
 def _move(master: Master, pages: torch.Tensor) -> None:

@@ -284,13 +284,14 @@ import ctypes, mmap, torch
 heap = ctypes.CDLL(None)
 assert heap.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: everything lies in the heap
 from hookoffload import OffloadPolicy, attach_offload_hooks
-from hookoffload.pinning import _has_own_pages, _move_out_of_heap
+from hookoffload.pinning import _has_own_pages, _move_out_of_heap, _starts_of_maps
 from hookoffload.state_hooks import session_of
 from tests.samples import linears, private_bytes, weight_bytes
 model = linears(width=1536, depth=96)
 attach_offload_hooks(model, OffloadPolicy(compute_device="cpu"))
 masters = session_of(model).store.masters
-assert not any(_has_own_pages(master.flat) for master in masters)
+maps = _starts_of_maps()
+assert not any(_has_own_pages(master.flat, maps) for master in masters)
 before = private_bytes()
 _move_out_of_heap(masters)
 assert all(master.flat.data_ptr() % mmap.PAGESIZE == 0 for master in masters)
