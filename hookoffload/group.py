@@ -200,7 +200,9 @@ class Group:
         self.budget.set_limit(limit_bytes or None)
         if limit_bytes:
             last = self._active or self.sessions[0]
-            others = self._by_next_use(last, self._idle(last))
+            # None is running, though none looks idle: this thread holds them all.
+            rest = [session for session in self.sessions if session is not last]
+            others = self._by_next_use(last, rest)
             members = [*others, self.name_of(last)]
             self._evict_named(members, [], lambda: self.budget.used <= limit_bytes)
 

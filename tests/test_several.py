@@ -341,6 +341,19 @@ def test_set_limit_holds_for_all_at_once() -> None:
         assert offload_stats(models).peak_bytes <= 5 * LAYER
 
 
+def test_set_limit_takes_the_memory_of_all_and_not_of_the_last_alone() -> None:
+    models = _models(a=2, b=1)
+    want = _outputs(models)
+    least = max(plan.least_bytes for plan in offload_plan(models, _policy(9)).values())
+    with offloaded(models, _policy(least / LAYER + 2, store="disk")):
+        _run_all(models, want, "ab")
+        set_limit(models, least / GIB)
+        session = session_of(models["a"])
+        assert session is not None and session.group is not None
+        assert session.group.budget.used <= least
+        _run_all(models, want, "ab")
+
+
 def test_a_limit_that_one_model_cannot_run_in_changes_nothing() -> None:
     models: Models = {"small": linears(WIDTH, 2), "large": linears(2 * WIDTH, 2)}
     with offloaded(models, _policy(20)):
