@@ -48,6 +48,7 @@ import torch
 
 from .disk_reads import CHUNK_BYTES, Chunk, Part, chunks_of
 from .master import Master
+from .moves import Move
 from .profiler_ranges import profiler_range
 from .reader_threads import ReaderThreads
 from .staging import Coming, Staging
@@ -70,6 +71,8 @@ class Copy:
         pieces: masters and the flat ``uint8`` tensors that take their bytes.
         nbytes: of all pieces.
         after: tokens that must be waited for before the first byte is written.
+        moves: returns sources and destinations, if all is page-locked; None: those of
+            the pieces, one by one.
 
     Attributes:
         ready: behind the last byte, on an accelerator.
@@ -82,6 +85,7 @@ class Copy:
         "after",
         "entry",
         "error",
+        "moves",
         "name",
         "nbytes",
         "pieces",
@@ -95,8 +99,10 @@ class Copy:
         pieces: Sequence[tuple[Master, torch.Tensor]],
         nbytes: int,
         after: tuple[object, ...],
+        moves: Callable[[], list[Move]] | None = None,
     ) -> None:
         self.name = name
+        self.moves = moves
         self.pieces = pieces
         self.after = after
         self.nbytes = nbytes
@@ -504,8 +510,12 @@ def _queue_copies(stream: torch.Stream, copy: Copy) -> None:
     if copy.entry is not None:
         copy.entry.begin(stream)
     with _current(stream), profiler_range("copy", copy.name):
-        for master, destination in copy.pieces:
-            destination.copy_(master.bytes, non_blocking=True)
+        if copy.moves is None:
+            for master, destination in copy.pieces:
+                destination.copy_(master.bytes, non_blocking=True)
+        else:
+            for source, destination in copy.moves():
+                destination.copy_(source, non_blocking=True)
     if copy.entry is not None:
         copy.entry.end(stream)
     ready = torch.Event(stream.device)

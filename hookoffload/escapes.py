@@ -94,8 +94,18 @@ class Escapes:
 
     def clear_attributes(self, site: Site) -> None:
         """Copy views of the window that a module has kept in its own attributes."""
+        if _any_streams(site.layers):
+            self._clear_attributes(site)
+
+    def clear_attributes_inside(self, site: Site) -> None:
+        """Do so for the modules inside a bundle, whose own hooks stand by."""
         if not _any_streams(site.layers):
             return
+        for inner in site.bundled:
+            if inner.watched or len(inner.module.__dict__) != inner.attribute_count:
+                self._clear_attributes(inner)
+
+    def _clear_attributes(self, site: Site) -> None:
         attributes = site.module.__dict__
         if len(attributes) != site.attribute_count:
             require_no_group_offloading(site.name or self._model_name, site.module)

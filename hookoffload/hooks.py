@@ -33,8 +33,9 @@ class Site(NotCopied):
     compiling what the hook calls. Compiled are the functions that the hooks are around.
 
     [Note: hooks that stand by] Inside a forward of the root there is nothing to do for
-    a module whose layers all stay bound. Then one hook is left, which looks whether the
-    module is called by itself; if so it hangs the pair again. The layers' memory is
+    a module whose layers all stay bound, nor inside a bundle for one that is part of
+    it. Then one hook is left, which looks whether the module is called by itself; if so
+    it hangs the pair again. The layers' memory is
     their own, so what the forward hands out may be a view of it. What makes a layer
     rest again, in the middle of a pass or between two, hangs the pair first
     (`HookSet.layer_evicted`); only modules that no other layer runs inside of stand by,
@@ -54,8 +55,11 @@ class Site(NotCopied):
     __slots__ = (
         "_handles",
         "active",
+        "asked",
         "atomic",
         "attribute_count",
+        "bundle",
+        "bundled",
         "casts_buffers",
         "layers",
         "module",
@@ -84,6 +88,9 @@ class Site(NotCopied):
         self.atomic = atomic
         self.outside = outside
         self.casts_buffers = casts_buffers
+        self.bundle: Site | None = None  # of the module that brings this one's layer
+        self.bundled: tuple[Site, ...] = ()  # the sites inside, if this is a bundle's
+        self.asked = False  # called in this pass; kept for those inside a bundle only
         self.active = 0
         # Attributes of the module that can come to hold a view, see `Escapes`.
         self.watched: tuple[str, ...] = ()
@@ -124,9 +131,13 @@ class Site(NotCopied):
 
     @property
     def can_stand_by(self) -> bool:
-        """Whether there is nothing to do inside a forward of the root."""
+        """Whether there is nothing to do inside a forward of the root, or a bundle."""
         if self.outside or self.casts_buffers or self.active or not self.layers:
             return False
+        if self.bundle is not None:
+            return True
+        if self.bundled and self.session.group is not None:
+            return False  # another model may run inside, and have layers give way
         return all(layer.stays_bound and not layer.held for layer in self.layers)
 
     def stand_by(self) -> None:
@@ -145,8 +156,13 @@ class Site(NotCopied):
         """Hang the pair again if nothing around this call takes care of the model."""
         if dynamo_is_at_work():
             return outside_graphs(self.look)(module, args, kwargs)
+        self.asked = True
         if self.session.calls.owner == threading.get_ident() and module is self.module:
-            return None
+            for layer in self.layers:  # no generator: this runs for most modules
+                if not layer.is_usable:
+                    break
+            else:
+                return None
         return self.pre(module, args, kwargs)
 
     def pre(
@@ -190,10 +206,13 @@ class Site(NotCopied):
             renewed = session.site_of(module)
             return None if renewed is None else renewed.pre(module, args, kwargs)
         self.active += 1
+        self.asked = True
         entered: list[Layer] = []
         try:
             if outermost:
                 session.passes.begin_part(self.name, args, kwargs)
+            elif self.bundle is not None and not self.layers[0].is_usable:
+                session.passes.divide(self.bundle.name)
             for layer in self.layers:
                 session.bind(layer)
                 entered.append(layer)
@@ -228,6 +247,8 @@ class Site(NotCopied):
         try:
             kept = escapes.checked_output(self, args, kwargs, output)
             escapes.clear_attributes(self)
+            if self.bundled:
+                escapes.clear_attributes_inside(self)
         finally:
             self.active -= 1
             try:
@@ -246,6 +267,13 @@ class Site(NotCopied):
     def forget_calls(self) -> None:
         """Start anew after an interrupted call."""
         self.active = 0
+
+    def was_wasted(self) -> bool:
+        """Tell, once a pass, whether most of a bundle was brought in for nothing."""
+        asked = sum(site.asked for site in self.bundled)
+        for site in self.bundled:
+            site.asked = False
+        return 0 < 2 * asked < len(self.bundled)
 
     def recover_if_left(self) -> None:
         """Clean up if an earlier call of the module never reached its post hook."""

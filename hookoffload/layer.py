@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .alignment import align
+from .alignment import SMALL_TENSOR_BYTES, align
 from .copy_engine import Copy
 from .device_memory import Block
 from .master import Master, Member, version_of
+from .moves import Move, joined_moves
 from .ring import Region, RegionRing, RegionStack
 
 
@@ -63,7 +64,7 @@ class RegionViews:
             are cast into the scratch first.
     """
 
-    __slots__ = ("targets", "values")
+    __slots__ = ("_moves", "_sources", "targets", "values")
 
     def __init__(
         self,
@@ -72,6 +73,20 @@ class RegionViews:
     ) -> None:
         self.targets = targets
         self.values = values
+        self._sources: list[tuple[torch.Tensor, bool]] = []
+        self._moves: list[Move] = []
+
+    def moves(self) -> list[Move]:
+        """Return the source and the destination of each copy, neighbours as one."""
+        sources = [(master.bytes, master.pinned) for master, _ in self.targets]
+        if len(sources) != len(self._sources) or any(
+            now[0] is not before[0] or now[1] != before[1]
+            for now, before in zip(sources, self._sources, strict=True)
+        ):
+            with torch.inference_mode(False):  # they are kept like the views
+                self._moves = joined_moves(self.targets)
+            self._sources = sources
+        return self._moves
 
 
 # Steady passes find a layer in the same place each time; others in a few.
@@ -167,7 +182,7 @@ class Layer:
         """
         self.pieces = []
         self._device = device
-        region = scratch = resident_scratch = 0
+        scratch = resident_scratch = 0
         self.copy_bytes = self.resident_bytes = self.disk_bytes = 0
         self.can_stay = may_stay
         for master in self.masters:
@@ -180,8 +195,7 @@ class Layer:
             self.copy_bytes += master.nbytes
             self.disk_bytes += master.nbytes if master.on_disk else 0
             if not readable:
-                piece.region_offset = region
-                region += align(master.nbytes)
+                piece.region_offset = 0  # until all are known
             elif codec.resident_as_copied:
                 self.can_stay = False  # a second copy beside the master gains nothing
             if codec.casts_streamed:
@@ -193,9 +207,29 @@ class Layer:
             resident = resident_dtype(master)
             self.resident_bytes += align(master.count * resident.itemsize)
         self._members = [m for piece in self.pieces for m in piece.master.members]
-        self.stream_bytes = region
+        self.stream_bytes = self._place_pieces()
         self.cast_bytes = scratch
         self.resident_cast_bytes = resident_scratch
+
+    def _place_pieces(self) -> int:
+        """Give pieces their places in the region, the small ones side by side.
+
+        Returns:
+            The size of the region.
+        """
+        passing = [piece for piece in self.pieces if piece.region_offset is not None]
+        end = 0
+        for piece in sorted(
+            passing, key=lambda piece: piece.master.nbytes < SMALL_TENSOR_BYTES
+        ):
+            piece.region_offset = end
+            end += align(piece.master.nbytes)
+        return end
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a forward that begins now finds it bound."""
+        return self.stays_bound or self.bound > 0
 
     @property
     def host_bytes(self) -> int:

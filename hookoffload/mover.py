@@ -12,6 +12,7 @@ from .budget import MemoryBudget
 from .copy_engine import Copy, make_copy_engine
 from .device_memory import Block, DeviceMemory
 from .layer import Layer, resident_dtype
+from .moves import Move
 from .order import ExecutionOrder
 from .planner import Plan
 from .profiler_ranges import LayerRanges, profiler_range
@@ -84,6 +85,10 @@ class LayerMover:
         names = [layer.name for layer in layers]
         self.order = ExecutionOrder(predicted, names)
         self.plan = None
+
+    def expect_order(self, seen: Sequence[int]) -> None:
+        """Expect the layers as a pass has been seen to ask for them."""
+        self.order = ExecutionOrder(seen)
 
     def apply(self, plan: Plan) -> None:
         """Make memory what the plan says: give up first, take second.
@@ -228,6 +233,7 @@ class LayerMover:
             return False  # as half of all attempts to go on with copying
         revision = layer.revision()
         tokens: tuple[object, ...] = ()
+        moves: Callable[[], list[Move]] | None = None
         if not streams:
             assert layer.resident is not None
             pieces = [
@@ -245,8 +251,9 @@ class LayerMover:
             tokens = found
             block = self.window.block_of(layer)
             assert block is not None, "a layer with a place is in a block"
-            pieces = layer.views_in(block).targets
-        copy = Copy(layer.name, pieces, layer.copy_bytes, tokens)
+            views = layer.views_in(block)
+            pieces, moves = views.targets, views.moves
+        copy = Copy(layer.name, pieces, layer.copy_bytes, tokens, moves)
         if self.recorder is not None:
             copy.entry = self.recorder.copy_queued(layer.name, copy.nbytes)
         # Started first: nothing waits for a copy that an interrupt kept from starting.

@@ -71,6 +71,11 @@ class ExecutionOrder:
         return self._sequence[0] if self._sequence else None
 
     @property
+    def is_known(self) -> bool:
+        """Whether a complete pass has been recorded."""
+        return self._blocks is None
+
+    @property
     def whole(self) -> tuple[int, ...]:
         """The current prediction, with the layers whose visits are not heard of."""
         return self._whole

@@ -86,6 +86,7 @@ class SiteSketch:
         outside: its hooks must not hang on the module itself (see
             `needs_outside_hooks`).
         buffers: groups of buffers that its forward needs, which belong to no layer.
+        bundle: the module around it whose hooks bring its layer, if there is one.
     """
 
     name: str
@@ -94,6 +95,7 @@ class SiteSketch:
     atomic: bool
     outside: bool
     buffers: list[TensorGroup] = field(default_factory=list)
+    bundle: nn.Module | None = None
 
 
 @dataclass
@@ -118,7 +120,10 @@ class Partition:
 
 
 def partition(
-    model: nn.Module, module_map: ModuleMap, joined: Sequence[tuple[str, str]] = ()
+    model: nn.Module,
+    module_map: ModuleMap,
+    joined: Sequence[tuple[str, str]] = (),
+    bundles: Sequence[str] = (),
 ) -> Partition:
     """Divide a model into layers and find the modules whose forward needs them.
 
@@ -127,6 +132,7 @@ def partition(
         module_map: what the user wants otherwise than the rules say.
         joined: pairs (user module, tensor name) that the probe found: the user's
             forward reads the tensor although another module owns it.
+        bundles: full names of modules whose layers move as one, see [Note: bundles].
     """
     names = {id(module): name for name, module in model.named_modules()}
     tensors, groups = group_tensors(model)
@@ -177,6 +183,9 @@ def partition(
             )
             sites.append(site)
     _join(sites, joined, modules, by_name, layer_of, group_of)
+    for name in bundles:
+        _bundle(layers, sites, name, modules[name])
+    layers = _renumbered(layers, sites)
     chains, held = _nesting(sites)
     return Partition(layers, sites, always, chains, held)
 
@@ -206,6 +215,37 @@ def _join(
             sites.append(site)
         if layer not in site.layers:
             site.layers.append(layer)
+
+
+def _bundle(
+    layers: list[LayerSketch], sites: list[SiteSketch], name: str, module: nn.Module
+) -> None:
+    """Make one layer of those inside a module; the others are left without tensors."""
+    inside = {id(m) for m in module.modules()}
+    members = [site for site in sites if site.layers and id(site.module) in inside]
+    first, *others = sorted({index for site in members for index in site.layers})
+    groups = [group for index in (first, *others) for group in layers[index].groups]
+    for index in others:
+        layers[index].groups = []
+    layers[first] = LayerSketch(name, module, groups)
+    for site in members:
+        site.layers = [first]
+        site.bundle = None if site.module is module else module
+    if all(site.module is not module for site in members):
+        sites.append(SiteSketch(name, module, [first], atomic=False, outside=False))
+
+
+def _renumbered(
+    layers: list[LayerSketch], sites: list[SiteSketch]
+) -> list[LayerSketch]:
+    """Leave out layers without tensors."""
+    kept = [index for index, layer in enumerate(layers) if layer.groups]
+    if len(kept) == len(layers):
+        return layers
+    place = {index: number for number, index in enumerate(kept)}
+    for site in sites:
+        site.layers = [place[index] for index in site.layers]
+    return [layers[index] for index in kept]
 
 
 def check_tensors(model: nn.Module) -> None:
@@ -396,7 +436,8 @@ def _nesting(
         # An ancestor contains more sites than its descendants do.
         outer = sorted(inside[id(site)], key=lambda s: len(inside[id(s)]))
         for ancestor in outer:
-            held.update(ancestor.layers)
+            if not set(site.layers) <= set(ancestor.layers):
+                held.update(ancestor.layers)
         if len(site.layers) > 1:
             held.update(site.layers)
         chain = [i for s in (*outer, site) for i in s.layers]

@@ -162,6 +162,14 @@ class PassPlanner:
         beside = plan.activation_bytes if self._memory.measures_peak else 0
         return plan.total_bytes + beside
 
+    def room(self, limit_bytes: int | None) -> int | None:
+        """Return what a limit leaves for weights; None where all of them fit."""
+        if limit_bytes is None or self._assembly is None:
+            return None
+        room = max(limit_bytes - self.fixed_bytes - (self._activations or 0), 0)
+        weights = sum(layer.resident_bytes for layer in self._assembly.layers)
+        return None if weights <= room else room
+
     @property
     def fixed_bytes(self) -> int:
         """Bytes that are on the device whatever is planned."""

@@ -27,14 +27,14 @@ from pathlib import Path
 
 import torch
 
+from .alignment import SMALL_TENSOR_BYTES, align
 from .budget import format_gib
 from .host_memory import default_cap, empty_pages
 from .master import Master
 from .progress import progress_bar
 
 logger = logging.getLogger(__name__)
-_SLAB_ALIGNMENT = 64  # what PyTorch's own CPU allocator gives
-_OWN_PAGES_BYTES = 2**20  # smaller ones share a slab
+_HEAP_ALIGNMENT = 64  # what PyTorch's own CPU allocator gives
 _TRIM_BYTES = 2**28  # moved out of the heap before that is trimmed
 
 
@@ -166,7 +166,7 @@ def _has_own_pages(flat: torch.Tensor, maps: set[int]) -> bool:
         word & 7 == 2
         and (chunk - before) % page == 0
         and (before + size) % page == 0
-        and 0 <= spare <= page + _SLAB_ALIGNMENT
+        and 0 <= spare <= page + _HEAP_ALIGNMENT
     )
 
 
@@ -185,12 +185,12 @@ def _move_out_of_heap(masters: Sequence[Master]) -> None:
     Large ones one by one, and what they leave goes back to the system in between: a
     model of which no weight is larger than 32 MiB may lie in the heap as a whole.
     """
-    small = [master for master in masters if master.nbytes < _OWN_PAGES_BYTES]
+    small = [master for master in masters if master.nbytes < SMALL_TENSOR_BYTES]
     if small:
         _move_into_slab(small)
     left = 0
     for master in masters:
-        if master.nbytes < _OWN_PAGES_BYTES:
+        if master.nbytes < SMALL_TENSOR_BYTES:
             continue  # in the slab
         _move(master, empty_pages(master.nbytes))
         left += master.nbytes
@@ -204,7 +204,7 @@ def _move_into_slab(masters: Sequence[Master]) -> None:
     offsets, end = [], 0
     for master in masters:
         offsets.append(end)
-        end += -(-master.nbytes // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
+        end += align(master.nbytes)  # as in the window, see `joined_moves`
     slab = empty_pages(end)
     for master, offset in zip(masters, offsets, strict=True):
         _move(master, slab[offset : offset + master.nbytes])

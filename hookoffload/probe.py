@@ -78,6 +78,12 @@ class Probe(TorchFunctionMode):
 
     Args:
         session: whose layers to watch.
+
+    Attributes:
+        joined: pairs of a module's name and a tensor's: the module used the tensor
+            while its layer was not bound.
+        enclosing: for the name of each site that was called, the names of the modules
+            that were around it in every call.
     """
 
     def __init__(self, session: Session) -> None:
@@ -98,6 +104,7 @@ class Probe(TorchFunctionMode):
         self._pushed = False  # on PyTorch's stack of modes
         self._away = 0
         self.joined: list[tuple[str, str]] = []
+        self.enclosing: dict[str, frozenset[str]] = {}
 
     def begin(self) -> None:
         """Hang the probe's hooks on the model and start to look."""
@@ -161,6 +168,9 @@ class Probe(TorchFunctionMode):
 
     def enter(self, site: Site) -> None:
         """Note that a site's module runs."""
+        if self._on:
+            around = frozenset(name for name, _ in self._stack)
+            self.enclosing[site.name] = self.enclosing.get(site.name, around) & around
         self.note_begin(site.name, site.module)
 
     def leave(self, site: Site) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from .adapters import Adapters
 from .always import AlwaysResident
-from .budget import MemoryBudget
+from .budget import BudgetExceededError, MemoryBudget
 from .calls import CallTracker, TurnTaker, calls_under_way
 from .coding import assemble_coded, renew_codes
 from .containers import map_tensors
@@ -258,6 +259,8 @@ class Session(NotCopied):
         self.ended = True
         # The hooks and this object refer to each other: until Python's collector comes
         # round, nothing here may keep the weights.
+        for site in self.sites:
+            site.bundle, site.bundled = None, ()
         self.sites, self.entries, self.root_site = [], [], None
         self.layers, self._masters, self._moved_masters = [], {}, []
         self._parted = []
@@ -410,8 +413,19 @@ class Session(NotCopied):
         Raises:
             BudgetExceededError: It is below the least; the old limit stands.
         """
-        self.planner.set_limit(policy)
+        bundles = self.passes.bundles
+        wanted = self.passes.bundles_at(policy)
+        if wanted != bundles:
+            self.passes.set_bundles(())  # they can need more than the limit to come
+        try:
+            self.planner.set_limit(policy)
+        except BudgetExceededError:
+            if wanted != bundles:
+                self.passes.set_bundles(bundles)
+            raise
         self.policy = policy
+        if wanted != bundles:
+            self.passes.set_bundles(wanted)
         self.hooks.hang_all()
 
     def keep_to_plan(self) -> None:
@@ -431,6 +445,7 @@ class Session(NotCopied):
             check_tensors(self.model)
         except ValueError as error:
             raise RuntimeError(str(error)) from error
+        self.passes.forget_bundles()
         self.rebuild()
         self.passes.probe_next()  # new modules may read weights sideways
         self._page_lock.unlock(self.store.masters)
@@ -482,11 +497,25 @@ class Session(NotCopied):
         self.hooks.take_off()
         self.mover.drop_all()
         self.always.release()
-        self._build(partition(self.model, self.map, self.passes.joined))
+        passes = self.passes
+        order = self.mover.order
+        seen = self._masters_in(order.whole) if order.is_known else []
+        self._build(partition(self.model, self.map, passes.joined, passes.bundles))
+        if seen:
+            self.mover.expect_order(self._layers_of(seen))
         self.hooks.hang_all()
         self._take_stock()
         if self.onloaded:
             self.always.onload()
+
+    def _masters_in(self, layers: Sequence[int]) -> list[Master]:
+        return [self.layers[index].masters[0] for index in layers]
+
+    def _layers_of(self, masters: Sequence[Master]) -> list[int]:
+        """List the layers to which masters belong by now, one behind the other."""
+        owners = {id(m): layer.index for layer in self.layers for m in layer.masters}
+        indices = [owners[id(m)] for m in masters if id(m) in owners]
+        return [index for index, _ in groupby(indices)]
 
     # -- states ---------------------------------------------------------------------
 

@@ -49,7 +49,17 @@ def make_sites(
                 casts_buffers=assembly.casts_buffers(sketch),
             )
             sites.append(site)
+    _link_bundles(assembly, sites)
     return sites, read_in_place
+
+
+def _link_bundles(assembly: Assembly, sites: list[Site]) -> None:
+    by_module = {id(site.module): site for site in sites}
+    for sketch in assembly.sites:
+        site = by_module.get(id(sketch.module))
+        if site is not None and sketch.bundle is not None:
+            site.bundle = by_module[id(sketch.bundle)]
+            site.bundle.bundled += (site,)
 
 
 def _is_needed_empty(session: Session, assembly: Assembly, sketch: SiteSketch) -> bool:

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hookoffload import BudgetExceededError, attach_offload_hooks
+from hookoffload import BudgetExceededError, attach_offload_hooks, bundles
 from tests.model_trees import FLOATS, Own, Spec, build, specs
 from tests.traces import same_bits, tensors_of
 from tests.twins import (
@@ -155,6 +156,36 @@ def test_attached_model_and_untouched_twin_cannot_be_told_apart(
     case: Case, folder: Path
 ) -> None:
     run_case(case, folder)
+
+
+@st.composite
+def bundled_cases(draw: st.DrawFn) -> Case:
+    """Cases whose models have small layers side by side, below the limit."""
+    case = draw(cases())
+    kinds = st.sampled_from(["linear", "linear", "layernorm", "conv", "block"])
+    blocks = draw(st.lists(st.lists(kinds, min_size=2, max_size=4), max_size=4))
+    children = [
+        Spec("block", children=tuple(_simple(kind) for kind in block))
+        for block in blocks
+    ]
+    children.insert(draw(st.integers(0, len(children))), case.spec)
+    chosen = tuple(
+        dataclasses.replace(policy, limit=draw(st.sampled_from(["0.1", "0.3", "0.6"])))
+        for policy in case.policies
+    )
+    spec = Spec("block", children=tuple(children))
+    return Case(spec, chosen, (Forward(), Forward(seed=1), *case.actions, Forward()))
+
+
+def _simple(kind: str) -> Spec:
+    inside = (Spec("linear"), Spec("layernorm")) if kind == "block" else ()
+    return Spec(kind, children=inside)
+
+
+@given(case=bundled_cases())
+def test_layers_that_move_as_one_cannot_be_told_apart(case: Case, folder: Path) -> None:
+    with patch.multiple(bundles, LEAST_SAVED=1, BUNDLE_SHARE=1):
+        run_case(case, folder)
 
 
 @given(spec=specs(writes=frozenset(), bits=False), policy=policies())

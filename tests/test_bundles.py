@@ -1,0 +1,326 @@
+"""Many small layers inside one module move as one, once they were seen to run in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hookoffload import (
+    OffloadPolicy,
+    attach_offload_hooks,
+    detach,
+    offload_plan,
+    offload_stats,
+    offloaded,
+    set_limit,
+)
+from hookoffload.state_hooks import session_of
+from tests.interrupts import interrupted_at
+from tests.samples import Picture, run, same_bits
+
+WIDTH, DEPTH = 16, 30
+LAYER = 1536  # bytes of a Linear in the window
+BLOCK = 4 * LAYER
+GIB = 2**30
+X = torch.randn(2, WIDTH)
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.skipped: set[int] = set()
+        self.before: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(self.layers):
+            if number not in self.skipped:
+                x = torch.tanh(layer(x))
+        return x
+
+
+class _Model(nn.Module):
+    def __init__(self, depth: int = DEPTH) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block() for _ in range(depth))
+        self.around = True  # call the blocks, not only what is in them
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x) if self.around else block.forward(x)
+        return x
+
+
+def _model(depth: int = DEPTH) -> _Model:
+    torch.default_generator.manual_seed(0)
+    return _Model(depth).eval()
+
+
+def _policy(layers: float, **fields: Any) -> OffloadPolicy:
+    fields = {"store": "disk", "compute_device": "cpu", **fields}
+    return OffloadPolicy(limit_gb=layers * LAYER / GIB, **fields)
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [layer.name for layer in offload_plan(model).layers]
+
+
+def _hooks_of(module: nn.Module) -> tuple[int, int]:
+    return len(module._forward_pre_hooks), len(module._forward_hooks)
+
+
+BLOCKS = [f"blocks.{i}" for i in range(DEPTH)]
+SINGLE = [f"blocks.{i}.layers.{j}" for i in range(DEPTH) for j in range(4)]
+
+
+def _moved(model: nn.Module, x: torch.Tensor = X) -> int:
+    before = offload_stats(model).bytes_moved
+    run(model, x)
+    return offload_stats(model).bytes_moved - before
+
+
+def test_layers_seen_inside_a_module_become_one_layer_behind_the_first_pass() -> None:
+    model = _model()
+    want, before = run(model, X), Picture(model)
+    with offloaded(model, _policy(70)):
+        assert _names(model) == SINGLE
+        assert same_bits(run(model, X), want)
+        assert _names(model) == BLOCKS
+        for _ in range(3):
+            assert same_bits(run(model, X), want)
+        stats = offload_stats(model)
+        assert stats.peak_bytes <= 70 * LAYER
+    assert before.differences(model) == []
+
+
+def test_a_steady_pass_moves_what_the_plan_says_and_misses_nothing() -> None:
+    model = _model()
+    with offloaded(model, _policy(70)):
+        for _ in range(3):
+            run(model, X)
+        misses = offload_stats(model).misses
+        assert _moved(model) == offload_plan(model).pass_bytes
+        assert offload_stats(model).misses == misses
+
+
+def test_inside_a_bundle_one_hook_is_left_that_looks() -> None:
+    model = _model()
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        run(model, X)
+        streamed = next(i for i in offload_plan(model).streamed)
+        block = model.blocks[streamed]
+        assert _hooks_of(block) == (1, 1)
+        assert [_hooks_of(layer) for layer in block.layers] == [(1, 0)] * 4
+
+
+@pytest.mark.parametrize("layers", [6, 40])
+def test_what_is_not_small_beside_the_limit_stays_divided(layers: int) -> None:
+    model = _model()
+    with offloaded(model, _policy(layers)):
+        run(model, X)
+        run(model, X)
+        assert _names(model) == SINGLE
+
+
+def test_a_model_that_fits_is_left_as_it_is() -> None:
+    model = _model()
+    with offloaded(model, _policy(1000)):
+        run(model, X)
+        assert _names(model) == SINGLE
+
+
+def test_as_little_as_possible_bundles_nothing() -> None:
+    model = _model()
+    with offloaded(model, _policy(0)):
+        run(model, X)
+        run(model, X)
+        assert _names(model) == SINGLE
+
+
+def test_a_few_layers_less_are_not_worth_it() -> None:
+    model = _model(4)
+    for block in model.blocks:
+        block.layers.append(nn.Linear(WIDTH, 8 * WIDTH))
+        block.skipped.add(4)
+    with offloaded(model, _policy(18)):
+        run(model, X)
+        assert len(_names(model)) == 20
+
+
+def test_modules_whose_children_are_called_around_them_are_no_bundles() -> None:
+    model = _model()
+    model.around = False
+    want = run(model, X)
+    with offloaded(model, _policy(70)):
+        assert same_bits(run(model, X), want)
+        assert _names(model) == SINGLE
+
+
+def test_a_bundle_that_is_called_around_later_is_right_and_divided_again() -> None:
+    model = _model()
+    want = run(model, X)
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        run(model, X)
+        assert _names(model) == BLOCKS
+        model.around = False
+        for _ in range(3):
+            assert same_bits(run(model, X), want)
+        assert _names(model) == SINGLE
+        assert _moved(model) == offload_plan(model).pass_bytes
+
+
+def test_a_layer_inside_can_be_called_by_itself() -> None:
+    model = _model()
+    layer = model.blocks[7].layers[2]
+    alone, want = run(layer, X), run(model, X)
+    with offloaded(model, _policy(70)):
+        for _ in range(3):
+            assert same_bits(run(model, X), want)
+            assert same_bits(run(layer, X), alone)
+        assert _names(model) == BLOCKS
+
+
+def test_a_bundle_of_which_little_is_used_is_divided() -> None:
+    model = _model()
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        assert _names(model)[3] == "blocks.3"
+        model.blocks[3].skipped = {0, 2, 3}
+        want = run(model, X)
+        assert _names(model)[3:7] == SINGLE[12:16]
+        assert same_bits(run(model, X), want)
+    assert same_bits(run(model, X), want)
+
+
+def test_what_no_forward_asked_for_comes_along_only_if_it_is_little() -> None:
+    model = _model()
+    model.blocks[5].skipped = {1}
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        run(model, X)
+        assert "blocks.5" not in _names(model)
+
+
+def test_a_smaller_limit_divides_and_a_larger_one_bundles() -> None:
+    model = _model()
+    want = run(model, X)
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        set_limit(model, 6 * LAYER / GIB)
+        assert _names(model) == SINGLE
+        assert same_bits(run(model, X), want)
+        assert offload_stats(model).peak_bytes <= 70 * LAYER
+        set_limit(model, 70 * LAYER / GIB)
+        assert _names(model) == BLOCKS
+        assert same_bits(run(model, X), want)
+
+
+def test_a_limit_that_cannot_work_leaves_the_bundles() -> None:
+    model = _model()
+    want = run(model, X)
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        with pytest.raises(RuntimeError, match="below the least"):
+            set_limit(model, 0.5 * LAYER / GIB)
+        assert _names(model) == BLOCKS
+        assert same_bits(run(model, X), want)
+
+
+class _Keeping(nn.Linear):
+    """Keeps a view of its weight from call to call."""
+
+    kept: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = self.weight[0]
+        return super().forward(x)
+
+
+def test_a_view_kept_by_a_module_inside_is_copied() -> None:
+    model = _model()
+    keeping = _Keeping(WIDTH, WIDTH)
+    model.blocks[11].layers[1] = keeping
+    run(model, X)
+    want = model.blocks[11].layers[1].weight[0].clone()
+    with offloaded(model, _policy(70, debug=True)):
+        for _ in range(4):
+            run(model, X)
+            kept = keeping.__dict__["kept"]
+            assert same_bits(kept, want)
+
+
+def test_an_output_that_is_a_view_of_a_weight_inside_is_copied() -> None:
+    class Reading(_Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            super().forward(x)
+            return self.layers[0](x) * 0 + self.layers[2].weight[:2]
+
+    torch.default_generator.manual_seed(0)
+    model = _Model()
+    for number in range(DEPTH):
+        model.blocks[number] = Reading()
+    want = run(model, X)
+    with offloaded(model, _policy(70, debug=True)):
+        for _ in range(4):
+            assert same_bits(run(model, X), want)
+
+
+def test_writes_inside_a_bundle_reach_the_weights() -> None:
+    model = _model()
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        run(model, X)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        want = run(model, X)
+        assert same_bits(run(model, X), want)
+    assert same_bits(run(model, X), want)
+
+
+def test_an_interrupt_inside_a_bundle_leaves_a_model_that_works() -> None:
+    model = _model()
+    want, before = run(model, X), Picture(model)
+    attach_offload_hooks(model, _policy(70))
+    run(model, X)
+    run(model, X)
+    streamed = next(i for i in offload_plan(model).streamed)
+    with interrupted_at(model.blocks[streamed].layers[2]):
+        run(model, X)
+    assert same_bits(run(model, X), want)
+    detach(model)
+    assert before.differences(model) == []
+
+
+def test_an_exception_inside_a_bundle_releases_it() -> None:
+    model = _model()
+    want = run(model, X)
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        run(model, X)
+        with pytest.raises(RuntimeError):
+            run(model, torch.randn(2, WIDTH + 1))
+        for _ in range(3):
+            assert same_bits(run(model, X), want)
+        session = session_of(model)
+        assert session is not None
+        assert all(layer.bound == 0 for layer in session.layers)
+
+
+def test_replaced_parameters_are_taken_in() -> None:
+    model = _model()
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        run(model, X)
+        model.blocks[2].layers[0] = nn.Linear(WIDTH, WIDTH)
+        want = run(model, X)
+        run(model, X)
+        assert _names(model) == BLOCKS
+        assert same_bits(run(model, X), want)
+    assert same_bits(run(model, X), want)

@@ -1,0 +1,108 @@
+"""Small tensors that are neighbours in host RAM and in the window travel as one."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from hookoffload import OffloadPolicy, offloaded
+from hookoffload.device_memory import Block
+from hookoffload.layer import Layer, RegionViews
+from hookoffload.master import Master
+from hookoffload.pinning import _move_into_slab
+from hookoffload.ring import Region
+from hookoffload.state_hooks import session_of
+
+
+def _views(masters: list[Master]) -> tuple[RegionViews, Block]:
+    """Return the views of a layer of these masters, as an accelerator would have it."""
+    layer = Layer(0, "layer", masters)
+    layer.measure(torch.device("cuda"), may_stay=True)
+    block = Block(torch.zeros(layer.stream_bytes, dtype=torch.uint8), "window")
+    layer.region = Region(0, layer.stream_bytes)
+    return layer.views_in(block), block
+
+
+def _masters(model: nn.Module) -> list[Master]:
+    session = session_of(model)
+    assert session is not None
+    return session.store.masters
+
+
+def _lock(masters: list[Master]) -> None:
+    for master in masters:
+        master.pinned = True
+
+
+def _chain(*widths: int) -> nn.Sequential:
+    return nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(widths)])
+
+
+def _perform(views: RegionViews) -> None:
+    for source, destination in views.moves():
+        destination.copy_(source)
+
+
+def _arrived(views: RegionViews) -> bool:
+    return all(torch.equal(target, master.bytes) for master, target in views.targets)
+
+
+POLICY = OffloadPolicy(compute_device="cpu")
+
+
+def test_locked_neighbours_travel_as_one() -> None:
+    with offloaded(_chain(24, 20, 24, 8), POLICY) as model:
+        masters = _masters(model)
+        _move_into_slab(masters)
+        _lock(masters)
+        views, _ = _views(masters)
+        assert len(views.targets) == 6
+        assert len(views.moves()) == 1
+        _perform(views)
+        assert _arrived(views)
+
+
+def test_a_large_tensor_between_small_ones_does_not_part_them() -> None:
+    with offloaded(_chain(24, 512, 600, 8), POLICY) as model:
+        masters = _masters(model)
+        small = [master for master in masters if master.nbytes < 2**20]
+        assert len(small) == len(masters) - 1
+        _move_into_slab(small)
+        _lock(masters)
+        views, _ = _views(masters)
+        assert len(views.moves()) == 2
+        _perform(views)
+        assert _arrived(views)
+
+
+def test_what_is_not_locked_or_lies_elsewhere_travels_alone() -> None:
+    with offloaded(_chain(24, 20, 24), POLICY) as model:
+        masters = _masters(model)
+        _lock(masters)
+        alone, _ = _views(masters)
+        _perform(alone)
+        assert _arrived(alone)
+        _move_into_slab(masters)
+        _lock(masters[:2] + masters[3:])
+        parted, _ = _views(masters)
+        assert len(parted.moves()) == 3
+        _perform(parted)
+        assert _arrived(parted)
+
+
+def test_masters_that_move_are_found_where_they_are() -> None:
+    with offloaded(_chain(24, 20, 24), POLICY) as model:
+        masters = _masters(model)
+        _lock(masters)
+        views, _ = _views(masters)
+        views.moves()
+        _move_into_slab(masters)
+        _lock(masters)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        assert len(views.moves()) == 1
+        _perform(views)
+        assert _arrived(views)
