@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .alignment import SMALL_TENSOR_BYTES, align
-from .copy_engine import Copy
+from .copies import Copy
 from .device_memory import Block
 from .master import Master, Member, version_of
 from .moves import Move, joined_moves

@@ -9,7 +9,8 @@ import torch
 
 from .alignment import align
 from .budget import MemoryBudget
-from .copy_engine import Copy, make_copy_engine
+from .copies import Copy
+from .copy_engine import make_copy_engine
 from .device_memory import Block, DeviceMemory
 from .layer import Layer, resident_dtype
 from .moves import Move

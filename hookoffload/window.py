@@ -14,7 +14,7 @@ there says when the latter is done, and the next owner's copy waits for it.
 from __future__ import annotations
 
 from .alignment import ALIGNMENT
-from .copy_engine import POISON, Copy, CopyEngine
+from .copies import POISON, Copy, CopyEngine
 from .device_memory import Block, DeviceMemory
 from .layer import Layer
 from .plan import Plan

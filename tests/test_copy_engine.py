@@ -12,7 +12,8 @@ import torch
 
 import hookoffload.copy_engine as copy_engine
 import hookoffload.staging as staging
-from hookoffload.copy_engine import Copy, HostCopyEngine, StreamCopyEngine
+from hookoffload.copies import Copy
+from hookoffload.copy_engine import HostCopyEngine, StreamCopyEngine
 from tests.simulated_device import CPU, Simulation, Stream
 
 

@@ -32,8 +32,8 @@ from hookoffload import (
     onload,
     set_limit,
 )
-from hookoffload.copy_engine import HostCopyEngine
 from hookoffload.device_memory import DeviceMemory
+from hookoffload.host_copies import HostCopyEngine
 from hookoffload.layer import Layer
 from hookoffload.mover import LayerMover
 from hookoffload.session import Session

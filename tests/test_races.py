@@ -12,7 +12,8 @@ from torch import nn
 import hookoffload.copy_engine as copy_engine
 import hookoffload.mover as mover
 from hookoffload import offload, offload_plan, offload_stats, offloaded
-from hookoffload.copy_engine import Copy, StreamCopyEngine
+from hookoffload.copies import Copy
+from hookoffload.copy_engine import StreamCopyEngine
 from tests.real_models import REAL_MODELS
 from tests.samples import GIB, Stack, first_output, linears, run, same_bits
 from tests.simulated_device import CPU, RaceDetector, Simulation, Stream

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.autograd import profiler
 
-import hookoffload.copy_engine as copy_engine
+import hookoffload.host_copies as host_copies
 import hookoffload.recorder as recorder_module
 from hookoffload import (
     OffloadPolicy,
@@ -222,13 +222,13 @@ def test_the_report_does_not_change_any_more(tmp_path: Path) -> None:
 def test_a_report_waits_for_copies_that_run_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_into = copy_engine._read_into
+    read_into = host_copies.read_into
 
     def read_slowly(*args: Any) -> None:
         time.sleep(0.05)
         read_into(*args)
 
-    monkeypatch.setattr(copy_engine, "_read_into", read_slowly)
+    monkeypatch.setattr(host_copies, "read_into", read_slowly)
     model = chain(8, 8, 8)
     with recorded(model, tmp_path):
         for _ in range(2):  # the first pass does not know what the next one begins with
