@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# While there are layers that no forward has asked for, one may read them sideways. But
+# some are never asked for (an expert that no token chooses), and the probe takes time.
+_PROBED_WITHOUT_NEWS = 2
+
 
 class Passes:
     """Begins and ends the passes of one session.
@@ -40,6 +44,7 @@ class Passes:
         self._divided: set[str] = set()  # seen to be no bundles
         self._asked_for: set[int] = set()
         self._seen: set[int] = set()
+        self._without_news = 0  # passes that asked for nothing new, one after another
         self._probe_next = True
         self._left_probes: list[Probe] = []
         self._told_of: set[str] = set()
@@ -49,6 +54,7 @@ class Passes:
         """Learn which layers sites need, after layers were built."""
         self._asked_for = asked_for
         self._seen = set()  # those of them that a forward has asked for
+        self._without_news = 0
 
     def probe_next(self) -> None:
         """Have the probe look at the next pass."""
@@ -89,7 +95,7 @@ class Passes:
             session.recorder.begin_pass()
         session.mover.order.begin_pass()
         if not all_stay:
-            session.mover.prefetch()
+            session.mover.copies.prefetch()
         inputs = session.to_compute_device((args, kwargs))
         if torch.is_autocast_enabled(session.policy.compute_device.type):
             # It would keep a cast copy of every weight, beyond any limit.
@@ -135,10 +141,13 @@ class Passes:
             half = session.plan.resident_bytes // 2
             session.planner.step_down(session.plan.total_bytes - half)
         # A tensor may be used sideways on a path that this pass did not take: look
-        # again after an exception, which may come from just that, and as long as there
-        # are layers that no forward has asked for.
+        # again after an exception, which may come from just that, and while there are
+        # layers that no forward has asked for and every few passes ask for others.
+        news = not self._seen.issuperset(session.mover.order.recorded)
         self._seen.update(session.mover.order.recorded)
-        self._probe_next = not complete or not self._asked_for <= self._seen
+        self._without_news = 0 if news or not complete else self._without_news + 1
+        waits = self._without_news < _PROBED_WITHOUT_NEWS
+        self._probe_next = not complete or (waits and not self._asked_for <= self._seen)
         session.mover.order.end_pass(complete)
         session.mover.counters.forwards += complete
         if session.recorder is not None:

@@ -93,8 +93,8 @@ class Session(NotCopied):
             self.budget = MemoryBudget(None, within=group.budget)
         self.mover = LayerMover(policy.compute_device, self.budget, poison=poison)
         self.recorder = Recorder(self.mover.memory) if policy.record else None
-        self.mover.recorder = self.recorder
-        self.mover.host_limit_bytes = policy.host_limit_bytes
+        self.mover.copies.recorder = self.recorder
+        self.mover.copies.host_limit_bytes = policy.host_limit_bytes
         self.planner = PassPlanner(policy, self.budget, self.mover.memory)
         self.probe: Probe | None = None
         self.onloaded = False

@@ -12,6 +12,7 @@ from torch import nn
 from hookoffload import (
     OffloadPolicy,
     attach_offload_hooks,
+    bundles,
     detach,
     offload_plan,
     offload_stats,
@@ -198,13 +199,19 @@ def test_a_bundle_of_which_little_is_used_is_divided() -> None:
     assert same_bits(run(model, X), want)
 
 
-def test_what_no_forward_asked_for_comes_along_only_if_it_is_little() -> None:
+@pytest.mark.parametrize(("extra", "is_bundle"), [(WIDTH, False), (1, True)])
+def test_what_is_never_asked_for_comes_along_only_if_it_is_little(
+    extra: int, is_bundle: bool
+) -> None:
     model = _model()
-    model.blocks[5].skipped = {1}
-    with offloaded(model, _policy(70)):
-        run(model, X)
-        run(model, X)
-        assert "blocks.5" not in _names(model)
+    model.blocks[5].layers.append(nn.Linear(WIDTH, extra))
+    model.blocks[5].skipped = {4}
+    want = run(model, X)
+    with offloaded(model, _policy(80)):
+        for _ in range(4):
+            assert same_bits(run(model, X), want)
+        assert ("blocks.5" in _names(model)) == is_bundle
+        assert "blocks.6" in _names(model)
 
 
 def test_a_smaller_limit_divides_and_a_larger_one_bundles() -> None:
@@ -212,7 +219,7 @@ def test_a_smaller_limit_divides_and_a_larger_one_bundles() -> None:
     want = run(model, X)
     with offloaded(model, _policy(70)):
         run(model, X)
-        set_limit(model, 6 * LAYER / GIB)
+        set_limit(model, 2 * LAYER / GIB)  # less than a bundle
         assert _names(model) == SINGLE
         assert same_bits(run(model, X), want)
         assert offload_stats(model).peak_bytes <= 70 * LAYER
@@ -232,6 +239,43 @@ def test_a_limit_that_cannot_work_leaves_the_bundles() -> None:
         assert same_bits(run(model, X), want)
 
 
+def test_a_weight_that_is_used_outside_too_keeps_its_module_divided() -> None:
+    model = _model()
+    model.blocks[20].layers[3].weight = model.blocks[0].layers[0].weight
+    want = run(model, X)
+    with offloaded(model, _policy(70)):
+        for _ in range(3):
+            assert same_bits(run(model, X), want)
+        names = _names(model)
+        assert "blocks.1" in names
+        assert "blocks.0" not in names and "blocks.20" not in names
+
+
+class _Looking(_Block):
+    """Adds rows of a table to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2**14 + 1, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + self.table(torch.tensor([5, 2**14])))
+
+
+def test_a_table_of_which_rows_are_looked_up_is_never_brought_in_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bundles, "BUNDLE_SHARE", 1)
+    model = _model()
+    model.blocks[4] = _Looking()
+    want = run(model, X)
+    with offloaded(model, _policy(800)):
+        for _ in range(3):
+            assert same_bits(run(model, X), want)
+        assert _moved(model) < 2**20
+        assert "blocks.4" not in _names(model)
+
+
 class _Keeping(nn.Linear):
     """Keeps a view of its weight from call to call."""
 
@@ -244,15 +288,15 @@ class _Keeping(nn.Linear):
 
 def test_a_view_kept_by_a_module_inside_is_copied() -> None:
     model = _model()
-    keeping = _Keeping(WIDTH, WIDTH)
-    model.blocks[11].layers[1] = keeping
-    run(model, X)
-    want = model.blocks[11].layers[1].weight[0].clone()
+    for block in model.blocks:
+        block.layers[1] = _Keeping(WIDTH, WIDTH)
+    keeping = [block.layers[1] for block in model.blocks]
+    want = [layer.weight[0].detach().clone() for layer in keeping]
     with offloaded(model, _policy(70, debug=True)):
         for _ in range(4):
             run(model, X)
-            kept = keeping.__dict__["kept"]
-            assert same_bits(kept, want)
+            kept = [layer.__dict__["kept"] for layer in keeping]
+            assert all(map(same_bits, kept, want))
 
 
 def test_an_output_that_is_a_view_of_a_weight_inside_is_copied() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import hookoffload.copy_engine as copy_engine
-import hookoffload.mover as mover
+import hookoffload.layer_copies as layer_copies
 from hookoffload import offload, offload_plan, offload_stats, offloaded
 from hookoffload.copies import Copy
 from hookoffload.copy_engine import StreamCopyEngine
@@ -82,7 +82,7 @@ class _Watched:
 @pytest.fixture
 def watched(device: Simulation, monkeypatch: pytest.MonkeyPatch) -> _Watched:
     engine = _Watched(device)
-    monkeypatch.setattr(mover, "make_copy_engine", engine.make_engine)
+    monkeypatch.setattr(layer_copies, "make_copy_engine", engine.make_engine)
     return engine
 
 

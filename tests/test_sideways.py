@@ -191,6 +191,18 @@ def test_the_probe_watches_the_first_pass_only() -> None:
     assert watching == [1, 0, 0]
 
 
+def test_the_probe_does_not_wait_for_layers_that_are_never_asked_for() -> None:
+    model = Stack()
+    model.spare = nn.Linear(32, 32)
+    watching = seen_inside(
+        model.blocks[1].up, lambda _: len(_get_current_function_mode_stack())
+    )
+    with offloaded(model, store="disk", limit_gb=0):
+        for _ in range(6):
+            run(model, torch.randn(2, 32))
+    assert watching == [1, 1, 1, 0, 0, 0]
+
+
 def test_an_exception_under_the_probe_leaves_no_mode_behind() -> None:
     model = Stack()
     with offloaded(model, store="disk", limit_gb=0):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hookoffload.copy_engine as copy_engine
-import hookoffload.mover as mover
+import hookoffload.layer_copies as layer_copies
 import hookoffload.safetensors_file as safetensors_file
 import hookoffload.store as store
 from hookoffload import (
@@ -470,7 +470,9 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> Simulation:
     """Have layers come through staging buffers, to an accelerator that is simulated."""
     device = Simulation()
     monkeypatch.setattr(copy_engine, "torch", device)
-    monkeypatch.setattr(mover, "make_copy_engine", lambda _: StreamCopyEngine(CPU))
+    monkeypatch.setattr(
+        layer_copies, "make_copy_engine", lambda _: StreamCopyEngine(CPU)
+    )
     return device
 
 
