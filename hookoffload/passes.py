@@ -162,6 +162,10 @@ class Passes:
                 f"{error} [hookoffload: modules were found to read weights of other "
                 "ones, which the plan knows from now on: call the model again]",
             )
+        if self.bundles and isinstance(error, BudgetExceededError):
+            # More is in use at once than the plan knows of: the next call needs less.
+            self._divided.update(self.bundles)
+            self.set_bundles(())
         if complete and (not self._probe_next or session.all_stay):
             if not session.all_stay:
                 self._bundle(enclosing)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hookoffload import (
+    BudgetExceededError,
     OffloadPolicy,
     attach_offload_hooks,
     bundles,
@@ -355,6 +356,30 @@ def test_an_exception_inside_a_bundle_releases_it() -> None:
         session = session_of(model)
         assert session is not None
         assert all(layer.bound == 0 for layer in session.layers)
+
+
+def test_a_limit_that_bundles_do_not_keep_is_kept_when_called_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bundles, "BUNDLE_SHARE", 1)
+    model = _model()
+    want = run(model, X)
+    with offloaded(model, _policy(6)):
+        run(model, X)
+        assert _names(model) == BLOCKS
+        session = session_of(model)
+        assert session is not None
+        taken = 3 * LAYER  # somebody takes it in the middle of a pass
+
+        def take(*_: object) -> None:
+            session.budget.reserve("other", taken)
+
+        handle = model.blocks[0].register_forward_pre_hook(take)
+        with pytest.raises(BudgetExceededError):
+            run(model, X)
+        handle.remove()
+        assert same_bits(run(model, X), want)
+        assert _names(model) == SINGLE
 
 
 def test_replaced_parameters_are_taken_in() -> None:
