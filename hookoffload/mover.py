@@ -12,7 +12,7 @@ from .device_memory import Block, DeviceMemory
 from .layer import Layer, resident_dtype
 from .layer_copies import LayerCopies
 from .order import ExecutionOrder
-from .planner import Plan
+from .plan import Plan
 from .profiler_ranges import LayerRanges
 from .recorder import Recorder
 

@@ -11,7 +11,8 @@ from .assembly import Assembly
 from .budget import BudgetExceededError, MemoryBudget, format_gib
 from .device_memory import DeviceMemory
 from .layer import Layer
-from .planner import LayerSpec, Plan, make_plan
+from .plan import LayerSpec, Plan
+from .planner import make_plan
 from .policy import ResolvedPolicy
 
 logger = logging.getLogger(__name__)

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .block_order import block_of
 from .budget import BudgetExceededError, format_gib_up, format_limit
 from .plan import LayerSpec, Plan
-
-__all__ = ["LayerSpec", "Plan", "make_plan"]
-
-# Norms, biases and tables: too small for a copy of their own to be worth its launch.
-SMALL_LAYER_BYTES = 2**20
+from .priorities import priorities
+from .window_size import WINDOW_ROOM_SHARE, ring_wanted
 
 # Small layers stay even where the window has to shrink for them, as long as they take
 # at most this part of what the limit leaves for residents and window.
 SMALL_LAYERS_SHARE = 8
-
-# The window that a plan wants. One layer computes while the next is being copied and
-# the one after it has a place: more than three of the largest buys almost nothing.
-# 256 MiB are 5 ms of copying at 50 GiB/s, which covers the launch gaps between many
-# small layers; a sixteenth of the streamed bytes keeps that in proportion in a model
-# that is itself small, where the memory does more good as residents.
-#
-# Where a forward computes longer than its bytes take to cross the link, the window must
-# make up for what a block needs unevenly: attention computes long with few bytes, the
-# layers behind it need many at once. Over a whole block it evens out, so a window that
-# holds the streamed layers of one lets the link go on copying. (With 0.32 GiB instead
-# of the 0.63 GiB of a block of Qwen-Image's transformer, a forward of batch 6 on one
-# H200 waited for 127 of its 1082 ms.) Where the link is the limit it gains nothing, so
-# it gets no more than a quarter of the room.
-WINDOW_LAYERS = 3
-WINDOW_BYTES = 256 * 2**20
-WINDOW_SHARE = 16
-WINDOW_ROOM_SHARE = 4
 
 
 def make_plan(
@@ -128,18 +106,6 @@ def make_plan(
     )
 
 
-def _ring_wanted(largest: int, total: int, block: int = 0) -> int:
-    """The first-in-first-out part that streamed layers of these sizes are given.
-
-    Args:
-        largest: Bytes of the largest layer.
-        total: Bytes of all layers.
-        block: Bytes of the largest of several equal blocks, or less.
-    """
-    enough = min(max(WINDOW_BYTES, block), total // WINDOW_SHARE)
-    return min(total, max(WINDOW_LAYERS * largest, enough))
-
-
 class _Needs:
     """What a plan takes, while its residents become streamed one after another."""
 
@@ -182,7 +148,7 @@ class _Needs:
         block = self._largest_block
         if room is not None:
             block = min(block, room // WINDOW_ROOM_SHARE)
-        wanted = _ring_wanted(self.ring_least, self._ring_total, block)
+        wanted = ring_wanted(self.ring_least, self._ring_total, block)
         return max(wanted, self.ring_least)
 
     def total(self, ring: int) -> int:
@@ -280,121 +246,3 @@ def _most_cast_bytes(layer: LayerSpec) -> int:
     if not layer.can_stay:
         return layer.cast_bytes
     return max(layer.cast_bytes, layer.resident_cast_bytes)
-
-
-def priorities(
-    layers: tuple[LayerSpec, ...], order: Sequence[int]
-) -> tuple[list[int], int]:
-    """Lists the layers that may stay, the most wanted first; counts the small ones."""
-    giants = _giants(layers)
-    visited = set(order)
-    groups: list[list[int]] = [[], [], [], [], []]
-    for index, layer in enumerate(layers):
-        if not layer.can_stay:
-            continue
-        if index in giants:
-            rank = 2
-        elif index not in visited:
-            rank = 4
-        elif layer.stream_bytes <= SMALL_LAYER_BYTES:
-            rank = 0
-        else:
-            rank = 1 if layer.held else 3
-        groups[rank].append(index)
-    small, held, giant, rest, absent = groups
-    spread = [*_spread(small, layers, order), *_spread(held, layers, order), *giant]
-    return [*spread, *_spread(rest, layers, order), *absent], len(small)
-
-
-def _giants(layers: tuple[LayerSpec, ...]) -> frozenset[int]:
-    """Finds the few layers that alone make the window large.
-
-    A vocabulary's output layer among layers a tenth of its size: streamed, it
-    wants a window of three times its own bytes; resident, it takes them once, and the
-    window is sized by the others. So it stays before all but the small and the held.
-    """
-    passing = [i for i, layer in enumerate(layers) if not layer.held]
-    passing.sort(key=lambda index: -layers[index].stream_bytes)
-    sizes = [layers[index].stream_bytes for index in passing]
-    total = sum(sizes)
-    streamed = _ring_wanted(sizes[0], total) if sizes else 0
-    most_saved, giants, taken = 0, 0, 0
-    for count, index in enumerate(passing[:-1], start=1):
-        layer = layers[index]
-        taken += layer.resident_bytes
-        if taken >= streamed or not layer.can_stay or sizes[count] == 0:
-            break
-        if layer.stream_bytes <= SMALL_LAYER_BYTES:
-            break
-        total -= layer.stream_bytes
-        saved = streamed - taken - _ring_wanted(sizes[count], total)
-        if saved > most_saved:
-            most_saved, giants = saved, count
-    return frozenset(passing[:giants])
-
-
-def _spread(
-    group: list[int], layers: tuple[LayerSpec, ...], order: Sequence[int]
-) -> list[int]:
-    """Lists a group so that every beginning of the list is spread over the order.
-
-    The points of the van der Corput sequence (0, 1/2, 1/4, 3/4, 1/8, ...) fill the
-    order, measured in bytes, evenly at any count; each takes the nearest layer left, or
-    a smaller one of the same block: what streams then are few large layers, for which
-    the host has less to do.
-    """
-    members = set(group)
-    middles: list[float] = []
-    owners: list[int] = []
-    slots: dict[int, list[int]] = {index: [] for index in group}
-    blocks: dict[object, list[int]] = {}
-    end = 0
-    for index in order:
-        start, end = end, end + layers[index].stream_bytes
-        if index in members:
-            if not slots[index]:
-                blocks.setdefault(block_of(layers[index].name) or index, []).append(
-                    index
-                )
-            slots[index].append(len(owners))
-            middles.append((start + end) / 2)
-            owners.append(index)
-    for block in blocks.values():
-        block.sort(key=lambda index: -layers[index].stream_bytes)
-    # Slot i is at i + 1 in both, with a guard before the first and behind the last.
-    left = list(range(len(owners) + 2))
-    right = list(range(len(owners) + 2))
-    spread: list[int] = []
-    while len(spread) < len(group):
-        point = _radical_inverse(len(spread)) * end
-        at = bisect_left(middles, point)
-        before, behind = _free(left, at) - 1, _free(right, at + 1) - 1
-        nearer = behind
-        if behind == len(owners) or (
-            before >= 0 and point - middles[before] < middles[behind] - point
-        ):
-            nearer = before
-        taken = owners[nearer]
-        rest = blocks[block_of(layers[taken].name) or taken]
-        if layers[rest[-1]].stream_bytes < layers[taken].stream_bytes:
-            taken = rest[-1]
-        rest.remove(taken)
-        spread.append(taken)
-        for slot in slots[taken]:
-            left[slot + 1] = slot
-            right[slot + 1] = slot + 2
-    return spread
-
-
-def _radical_inverse(number: int) -> float:
-    """Mirrors the binary digits of a number at the point: 6 = 110b becomes 0.011b."""
-    digits = f"{number:b}"
-    return int(digits[::-1], 2) / (1 << len(digits))
-
-
-def _free(links: list[int], slot: int) -> int:
-    """Follows links of taken slots to a free one, and shortens the way for the next."""
-    while links[slot] != slot:
-        links[slot] = links[links[slot]]
-        slot = links[slot]
-    return slot

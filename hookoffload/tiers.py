@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .plan import LayerSpec
-from .planner import priorities
+from .priorities import priorities
 
 # What is read ahead of the copies to an accelerator. Twice the largest layer: one is
 # being copied while the next is read. With less than the least, reads and copies wait

@@ -12,13 +12,10 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from hookoffload.budget import BudgetExceededError
-from hookoffload.planner import (
-    SMALL_LAYER_BYTES,
-    WINDOW_BYTES,
-    LayerSpec,
-    Plan,
-    make_plan,
-)
+from hookoffload.plan import LayerSpec, Plan
+from hookoffload.planner import make_plan
+from hookoffload.priorities import SMALL_LAYER_BYTES
+from hookoffload.window_size import WINDOW_BYTES
 
 MIB = 2**20
 GIB = 2**30
