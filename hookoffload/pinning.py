@@ -238,7 +238,11 @@ def _evenly(masters: list[Master], share: float) -> list[Master]:
 
 
 def _page_ranges(masters: list[Master]) -> list[tuple[int, int, list[Master]]]:
-    """Return ranges of whole pages, disjoint, with the masters that lie in each."""
+    """Return ranges of whole pages, disjoint, with the masters that lie in each.
+
+    Neighbours in one storage are in one range, also where a page ends between them: a
+    copy of both (see `joined_moves`) must not go from one locked range into another.
+    """
     page = mmap.PAGESIZE
     spans = []
     for master in masters:
@@ -248,12 +252,20 @@ def _page_ranges(masters: list[Master]) -> list[tuple[int, int, list[Master]]]:
     spans.sort(key=lambda span: span[0])
     ranges: list[tuple[int, int, list[Master]]] = []
     for start, end, master in spans:
-        if ranges and start < ranges[-1][1]:
+        if ranges and _goes_on(ranges[-1], start, master):
             low, high, members = ranges[-1]
             ranges[-1] = (low, max(high, end), [*members, master])
         else:
             ranges.append((start, end, [master]))
     return ranges
+
+
+def _goes_on(before: tuple[int, int, list[Master]], start: int, master: Master) -> bool:
+    _, high, members = before
+    if start != high:
+        return start < high
+    last, storage = members[-1].bytes.untyped_storage(), master.bytes.untyped_storage()
+    return bool(storage._cdata == last._cdata)
 
 
 def _register(start: int, nbytes: int, device: torch.device) -> bool:
