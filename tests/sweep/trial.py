@@ -75,10 +75,12 @@ class Place:
     Attributes:
         device: "cpu" (weights rest on disk) or an accelerator (they rest in RAM).
         dtype: of the weights; None leaves them as the library makes them.
+        module_map: what the policy says of layers; None leaves it to the rules.
     """
 
     device: str = "cpu"
     dtype: torch.dtype | None = None
+    module_map: Mapping[str, Any] | None = None
 
     @property
     def store(self) -> Literal["cpu", "disk"]:
@@ -186,6 +188,7 @@ def _attach(model: nn.Module, limit: int, place: Place, folder: Path) -> None:
         store=place.store,
         compute_device=place.device,
         disk_dir=folder if place.store == "disk" else None,
+        module_map=place.module_map,
     )
     try:
         attach_offload_hooks(model, policy)
