@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .codec import Codec, choose_codec, is_castable
+from .codec import Codec, choose_codec
 from .gather import can_gather
 from .layer import Layer
 from .master import Master
-from .partition import Partition, SiteSketch, TensorGroup
+from .partition import Partition, SiteSketch
 from .plan import LayerSpec
 from .policy import ResolvedPolicy
+from .registered import TensorGroup
 from .safetensors_file import TensorLocation
 from .tiers import host_bytes_left, host_tier
 
@@ -213,7 +214,7 @@ def make_master(
     location = next((locations[name] for name in names if name in locations), None)
     first = group.members[0].tensor
     one_dtype = len({m.tensor.dtype for m in group.members}) == 1
-    if not one_dtype or not all(is_castable(m.tensor) for m in group.members):
+    if not one_dtype or not all(m.castable for m in group.members):
         codec = Codec(first.dtype, first.dtype, first.dtype)
         return Master(group, codec, location, on_disk=on_disk)
     storage = None

@@ -13,7 +13,6 @@ from torch import nn
 from .checks import check_model, check_owners, check_policy, warn_of_unmatched
 from .group import Group
 from .members import Models, Pipeline, are_several, distinct, group_of, members_of
-from .partition import check_tensors
 from .pipeline_hook import PipelineHook
 from .plan import Plan, Plans
 from .policy import OffloadPolicy
@@ -24,6 +23,7 @@ from .preview import (
     plan_of_session,
 )
 from .progress import progress_shown
+from .registered import check_packed, check_tensors
 from .safetensors_file import TensorLocation
 from .session import Session
 from .state_hooks import session_of
@@ -100,6 +100,7 @@ def _attach(
         check_owners(model)
         resolved = policy.resolve()
         check_tensors(model)
+        check_packed(model, resolved.compute_device)
         session = Session(model, resolved, locations, poison=policy.debug)
         warn_of_unmatched([session])
         session.begin()
@@ -119,6 +120,7 @@ def _attach_several(
                 check_model(model)
                 check_owners(model)
                 check_tensors(model)
+                check_packed(model, resolved.compute_device)
         for name, model in members.items():
             with _named(name):
                 group.members[name] = Session(

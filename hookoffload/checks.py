@@ -11,6 +11,7 @@ from torch import nn
 
 from .policy import OffloadPolicy
 from .refusals import require_no_group_offloading
+from .registered import plain_tensors
 from .state_hooks import owner_of, session_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def check_model(model: nn.Module) -> None:
 
 def check_owners(model: nn.Module) -> None:
     """Refuse a model whose tensors another attached one moves."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in plain_tensors(model):
         owner = owner_of(tensor)
         if owner is not None and not owner.ended:
             raise RuntimeError(

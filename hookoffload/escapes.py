@@ -29,6 +29,8 @@ from .calls import CallTracker, calls_under_way
 from .containers import replace_tensors, tensors_in, tensors_within
 from .device_memory import DeviceMemory
 from .layer import Layer
+from .master import Master
+from .packed import bytes_of
 from .refusals import require_no_group_offloading
 
 if TYPE_CHECKING:
@@ -54,15 +56,23 @@ class Escapes:
         self._calls = calls
         self._model_name = type(model).__name__
         self._names: dict[int, str] = {}
+        # What packed tensors are made of; whoever holds one shares the master's object.
+        self._parts: frozenset[int] = frozenset()
         self._guard: torch.autograd.graph.saved_tensors_hooks | None = None
         self._guarded: threading.Thread | None = None
         # Guards of interrupted calls that another thread took note of: only the thread
         # that has one on its stack can take it off.
         self._left: list[tuple[torch.autograd.graph.saved_tensors_hooks, int]] = []
 
-    def set_sites(self, sites: Iterable[Site]) -> None:
-        """Learn the names of modules, for errors."""
+    def set_sites(self, sites: Iterable[Site], masters: Iterable[Master]) -> None:
+        """Learn the names of modules, for errors, and what moves beside parameters."""
         self._names = {id(site.module): site.name for site in sites}
+        self._parts = frozenset(
+            id(member.tensor)
+            for master in masters
+            for member in master.members
+            if not isinstance(member.tensor, nn.Parameter)
+        )
 
     # -- views ----------------------------------------------------------------------
 
@@ -160,8 +170,8 @@ class Escapes:
 
         A parameter will: its bytes change with its bindings.
         """
-        memory = self._memory
-        if isinstance(tensor, nn.Parameter) and tensor.device == memory.device:
+        managed = isinstance(tensor, nn.Parameter) or id(tensor) in self._parts
+        if managed and tensor.device == self._memory.device:
             return True
         return self._is_view(tensor)
 
@@ -173,12 +183,16 @@ class Escapes:
         # Asking whether a tensor is a Parameter is slow, and most are none.
         if type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter):
             return False
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or id(tensor) in self._parts:
             return False
         try:
-            return memory.overlaps_transient(tensor.data_ptr())
+            return self._is_transient(tensor)
         except RuntimeError:
             return True  # wrapped by a transform (vmap, jvp): nobody can say
+
+    def _is_transient(self, tensor: torch.Tensor) -> bool:
+        overlaps = self._memory.overlaps_transient
+        return any(overlaps(part.data_ptr()) for part in bytes_of(tensor))
 
     # -- gradients ------------------------------------------------------------------
 
@@ -236,7 +250,7 @@ class Escapes:
         """Raise if autograd keeps a streamed weight for backward."""
         memory = self._memory
         plain = tensor.device == memory.device and tensor.layout is torch.strided
-        if self._calls.depth and plain and memory.overlaps_transient(tensor.data_ptr()):
+        if self._calls.depth and plain and self._is_transient(tensor):
             inside = (self._names.get(id(module)) for module in calls_under_way())
             self._refuse(next((name for name in inside if name), ""))
         return tensor

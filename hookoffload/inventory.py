@@ -19,9 +19,13 @@ class Inventory:
 
     Looked at before every pass, for thousands of tensors: what is nearly always found
     unchanged is compared without a line of Python for each.
+
+    Attributes:
+        has_packed: whether some are packed, see [Note: packed tensors].
     """
 
     def __init__(self) -> None:
+        self.has_packed = False
         self._managed: dict[int, tuple[Master, Member]] = {}
         self._tensors: list[torch.Tensor] = []
         # Where and how they lay when all was in order.
@@ -54,6 +58,7 @@ class Inventory:
         self._registries, self._registered = registries, list(_values(registries))
         self._filled = [registry for registry in registries if registry]
         self._managed, self._tensors = managed, tensors
+        self.has_packed = any(member.is_packed for _, member in managed.values())
 
     def forget(self) -> None:
         """Drop what refers to tensors."""

@@ -282,10 +282,9 @@ class Layer:
                 for valued in _values(piece, *self._value(index, piece, region_block))
             ]
         for member, value, pointer in values:
-            tensor = member.tensor
-            tensor.data = value
+            member.set_data(value)
             member.bound_pointer = pointer
-            member.version = version_of(tensor)
+            member.version = version_of(member.tensor)
 
     def views_in(self, block: Block) -> RegionViews:
         """Return views of the layer's region, made anew only where it was not before.
@@ -426,6 +425,7 @@ class Layer:
         return all(
             piece.resident_scratch_offset is None
             and piece.master.codec.resident == piece.master.codec.rest
+            and all(member.stays for member in piece.master.members)
             for piece in self.pieces
         )
 

@@ -25,11 +25,11 @@ from typing import NoReturn
 
 import torch
 
-from .codec import Codec, is_castable
+from .codec import Codec, is_movable
 from .lossless import encode_from
 from .lossless_encoder import Reader
 from .master_code import MasterCode
-from .partition import ManagedTensor, TensorGroup, span
+from .registered import ManagedTensor, TensorGroup, span
 from .safetensors_file import TensorLocation
 
 CPU = torch.device("cpu")
@@ -40,22 +40,31 @@ class Member:
 
     __slots__ = (
         "bound_pointer",
+        "castable",
         "device",
         "dtype",
+        "holders",
         "location_in_master",
         "name",
         "rest",
         "rest_pointer",
         "shape",
+        "stays",
         "stride",
         "tensor",
         "version",
+        "wrappers",
     )
 
     def __init__(self, managed: ManagedTensor, low: int) -> None:
         tensor = managed.tensor
         self.name = managed.name
         self.tensor = tensor
+        self.castable = managed.castable
+        self.stays = managed.stays
+        # What is registered: itself, unless it is a part, see [Note: packed tensors].
+        self.holders = tuple(managed.holders)
+        self.wrappers = managed.wrappers
         self.device = tensor.device
         self.dtype = tensor.dtype
         self.shape = tensor.shape
@@ -67,6 +76,18 @@ class Member:
         self.rest_pointer = self.rest.data_ptr()
         self.bound_pointer = 0
         self.version = version_of(tensor)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its class makes state dicts by itself; see [Note: packed tensors]."""
+        itself = any(holder is self.tensor for holder in self.holders)
+        return not itself or not is_movable(self.tensor) or not self.stays
+
+    def set_data(self, value: torch.Tensor) -> None:
+        """Have the tensor be at ``value``, and what wraps it say so."""
+        self.tensor.data = value
+        for wrapper in self.wrappers:
+            wrapper.follow(value.device)
 
     def view(self, base: torch.Tensor, start: int) -> torch.Tensor:
         """Return this member over a flat tensor whose master begins at ``start``."""
@@ -125,7 +146,7 @@ class Master:
         self.bytes = self.flat.view(torch.uint8)
         self.count = self.flat.numel()
         self.castable = not self.mixed and all(
-            is_castable(managed.tensor) for managed in group.members
+            managed.castable for managed in group.members
         )
         self.location = location
         self.on_disk = on_disk  # its tier: whether it waits in a file, or in host RAM
@@ -247,6 +268,8 @@ class Master:
         self.members.remove(member)
         low, high = span(member.tensor)
         managed = ManagedTensor(member.name, member.tensor, is_buffer=False)
+        managed.holders, managed.wrappers = list(member.holders), member.wrappers
+        managed.castable, managed.stays = member.castable, member.stays
         dtype = member.tensor.dtype
         codec = Codec(dtype, dtype, dtype)
         if not self.mixed:
@@ -260,7 +283,7 @@ class Master:
     def put_to_rest(self) -> None:
         """Swap every member back to the master."""
         for member in self.members:
-            member.tensor.data = member.rest
+            member.set_data(member.rest)
             member.bound_pointer = 0
             member.version = version_of(member.tensor)
 
@@ -349,14 +372,14 @@ class Master:
             and tensor.shape == member.rest.shape
         )
         if not same and lenient:
-            tensor.data = member.rest
+            member.set_data(member.rest)
             return
         if not same:
             self._refuse_move(member)
         # The object now holds other memory: its value goes to where the others'
         # views of this master look.
         member.rest.copy_(tensor.data)
-        tensor.data = member.rest
+        member.set_data(member.rest)
 
 
 def _flat(tensor: torch.Tensor, low: int, high: int, mixed: bool) -> torch.Tensor:

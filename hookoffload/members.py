@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeGuard
 from torch import nn
 
 from .group import Group
+from .registered import plain_tensors
 from .state_hooks import session_of
 
 
@@ -75,7 +76,7 @@ def distinct(members: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         different[name] = model
         for part, module in model.named_modules():
             _claim(modules, id(module), name, f"{name}.{part}" if part else name)
-        for part, tensor in chain(model.named_parameters(), model.named_buffers()):
+        for part, tensor in plain_tensors(model):
             storage = tensor.untyped_storage()
             if storage.nbytes() and not tensor.is_meta:
                 key = (tensor.device, storage.data_ptr())

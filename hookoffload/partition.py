@@ -15,54 +15,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .codec import is_movable
 from .module_map import ModuleMap
+from .registered import ManagedTensor, TensorGroup, group_tensors
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ManagedTensor:
-    """One tensor object of the model: a parameter or a buffer.
-
-    Attributes:
-        name: its first full name in the model; the others are in ``aliases``.
-        tensor: the object that the user holds; only its ``.data`` ever changes.
-        is_buffer: registered as a buffer.
-        aliases: further full names of the same object (tied weights).
-        persistent: False for a buffer that ``state_dict`` leaves out.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    is_buffer: bool
-    aliases: list[str] = field(default_factory=list)
-    persistent: bool = True
-
-
-@dataclass(eq=False)
-class TensorGroup:
-    """Tensors whose bytes overlap in one storage: one master, moved once.
-
-    Attributes:
-        members: the tensors; nearly always one.
-        low: first byte in the storage that they share.
-        high: one past their last byte.
-    """
-
-    members: list[ManagedTensor]
-    low: int
-    high: int
-
-    @property
-    def name(self) -> str:
-        """Full name of the first member."""
-        return self.members[0].name
-
-    @property
-    def is_buffer(self) -> bool:
-        """Whether no member is a parameter."""
-        return all(member.is_buffer for member in self.members)
 
 
 @dataclass
@@ -137,7 +93,13 @@ def partition(
     names = {id(module): name for name, module in model.named_modules()}
     tensors, groups = group_tensors(model)
     group_of = {id(m.tensor): g for g in groups for m in g.members}
-    by_name = {n: m for m in tensors for n in (m.name, *m.aliases)}
+    groups_of: dict[int, list[TensorGroup]] = defaultdict(list)
+    by_name: dict[str, ManagedTensor] = {}
+    for managed in tensors:
+        for holder in managed.holders:
+            groups_of[id(holder)].append(group_of[id(managed.tensor)])
+        for tensor_name in (managed.name, *managed.aliases):
+            by_name.setdefault(tensor_name, managed)  # the bulk of a packed tensor
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted: dict[int, _Wanted] = {}
     root_only: list[TensorGroup] = []
@@ -148,12 +110,12 @@ def partition(
         if not own and not own_buffers:
             continue
         if owner is None:
-            root_only.extend(group_of[id(p)] for p in own)
+            root_only.extend(g for p in own for g in groups_of[id(p)])
             continue
         entry = wanted.setdefault(id(owner), _Wanted(owner))
         entry.atomic |= whole and bool(own)
-        entry.groups.extend(group_of[id(p)] for p in own)
-        entry.buffers.extend(group_of[id(b)] for b in own_buffers)
+        entry.groups.extend(g for p in own for g in groups_of[id(p)])
+        entry.buffers.extend(g for b in own_buffers for g in groups_of[id(b)])
     always = [g for g in groups if g.is_buffer or g.low == g.high]
     always += [g for g in _unique(root_only) if g not in always]
     resting = {id(g) for g in always}
@@ -248,42 +210,6 @@ def _renumbered(
     return [layers[index] for index in kept]
 
 
-def check_tensors(model: nn.Module) -> None:
-    """Raise `ValueError` for tensors that cannot be moved, and if there are none."""
-    any_tensor = False
-    named = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in named:
-        any_tensor = True
-        if torch.nn.parameter.is_lazy(tensor):
-            raise ValueError(
-                f"{name} is not initialised yet (a lazy module); run the model once "
-                "before attaching"
-            )
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device and has no values. Give them with "
-                "load_model(model_class, checkpoint, policy=...), which also attaches; "
-                "if it was moved there while attached, detach(model) first"
-            )
-        if tensor.is_inference():
-            raise ValueError(
-                f"{name} was made under torch.inference_mode() and cannot be given "
-                "other memory. Make (or load) the model outside of it; running it "
-                "inside is fine"
-            )
-        if not is_movable(tensor):
-            raise ValueError(
-                f"{name} is a {type(tensor).__name__} with layout {tensor.layout}; "
-                "only plain strided tensors can be offloaded. Dequantise it, or leave "
-                "its module out of the model that you attach"
-            )
-    if not any_tensor:
-        raise ValueError(
-            f"{type(model).__name__} has no parameters and no buffers: there is "
-            "nothing to offload"
-        )
-
-
 @dataclass
 class _Wanted:
     """A module whose forward needs tensors, while they are being collected."""
@@ -292,65 +218,6 @@ class _Wanted:
     groups: list[TensorGroup] = field(default_factory=list)
     buffers: list[TensorGroup] = field(default_factory=list)
     atomic: bool = False
-
-
-def group_tensors(
-    model: nn.Module,
-) -> tuple[list[ManagedTensor], list[TensorGroup]]:
-    """List a model's tensor objects, and group those whose bytes overlap."""
-    found: dict[int, ManagedTensor] = {}
-    for prefix, module in model.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                _add(found, ManagedTensor(dot + key, parameter, is_buffer=False))
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                kept = key not in module._non_persistent_buffers_set
-                _add(found, ManagedTensor(dot + key, buffer, True, persistent=kept))
-    tensors = list(found.values())
-    return tensors, _overlapping(tensors)
-
-
-def _add(found: dict[int, ManagedTensor], new: ManagedTensor) -> None:
-    known = found.setdefault(id(new.tensor), new)
-    if known is not new:
-        known.aliases.append(new.name)
-        known.persistent |= new.persistent
-        known.is_buffer &= new.is_buffer
-
-
-def _overlapping(tensors: list[ManagedTensor]) -> list[TensorGroup]:
-    by_storage: dict[object, list[TensorGroup]] = defaultdict(list)
-    for managed in tensors:
-        tensor = managed.tensor
-        if not is_movable(tensor) or tensor.is_meta:
-            continue  # refused by `check_tensors`, with its name
-        low, high = span(tensor)
-        key: object = id(managed) if high == low else tensor.untyped_storage()._cdata
-        by_storage[key].append(TensorGroup([managed], low, high))
-    groups = []
-    for candidates in by_storage.values():
-        candidates.sort(key=lambda g: (g.low, g.high))
-        merged = [candidates[0]]
-        for group in candidates[1:]:
-            if group.low < merged[-1].high:
-                merged[-1].members += group.members
-                merged[-1].high = max(merged[-1].high, group.high)
-            else:
-                merged.append(group)
-        groups += merged
-    return groups
-
-
-def span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the range of bytes that a strided tensor covers in its storage."""
-    low = int(tensor.storage_offset()) * tensor.itemsize
-    if tensor.numel() == 0:
-        return low, low
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    return low, low + (last + 1) * tensor.itemsize
 
 
 def _units(

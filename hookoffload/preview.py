@@ -22,11 +22,12 @@ from .cost import Rates
 from .device_memory import DeviceMemory
 from .gather import lookup_of
 from .layer import Layer
-from .partition import check_tensors, partition
+from .partition import partition
 from .pass_planner import PassPlanner
 from .placement import CPU
 from .plan import Plan
 from .policy import OffloadPolicy, ResolvedPolicy
+from .registered import check_tensors
 from .session import Session
 from .torch_dtypes import CODES, dtype_of
 

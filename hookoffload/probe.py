@@ -90,10 +90,11 @@ class Probe(TorchFunctionMode):
         super().__init__()
         self.session = session
         self._layers: dict[int, tuple[Layer, str]] = {
-            id(member.tensor): (layer, member.name)
+            id(tensor): (layer, member.name)
             for layer in session.layers
             for piece in layer.pieces
             for member in piece.master.members
+            for tensor in (member.tensor, *member.holders)
             if id(member.tensor) not in session.read_in_place
         }
         self._users: list[_User] = []

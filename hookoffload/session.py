@@ -29,7 +29,7 @@ from .inventory import Inventory
 from .layer import Layer
 from .master import Master
 from .mover import LayerMover
-from .partition import Partition, check_tensors, partition
+from .partition import Partition, partition
 from .pass_planner import PassPlanner
 from .passes import Passes
 from .pinning import PageLock
@@ -39,6 +39,7 @@ from .policy import ResolvedPolicy
 from .probe import Probe
 from .recorder import Recorder
 from .refusals import NotCopied, purge_hooks
+from .registered import check_tensors
 from .root_hooks import RootHooks
 from .run_report import Report, make_report
 from .safetensors_file import TensorLocation
@@ -99,7 +100,7 @@ class Session(NotCopied):
         self.probe: Probe | None = None
         self.onloaded = False
         # Whether masters were moved to the onload placement, also while the device has
-        # nothing (`rest_for_loading`).
+        # nothing (`rest_everything`).
         self._masters_wait = False
         self.ended = False  # a thread may still wait at a hook that is off by now
         self.sites: list[Site] = []
@@ -167,7 +168,7 @@ class Session(NotCopied):
         self.planner.set_assembly(assembly, predicted, looked_up)
         self.sites = sites
         self.entries = make_entries(self, assembly)
-        self.escapes.set_sites(sites)
+        self.escapes.set_sites(sites, assembly.moved_masters)
         self.root_site = next((s for s in sites if s.module is self.model), None)
         self.layers = assembly.layers
         self.always = AlwaysResident(
@@ -612,8 +613,8 @@ class Session(NotCopied):
                 self.mover.plan = None  # so that it is made resident again
         self.hooks.hang_if_needed()
 
-    def rest_for_loading(self) -> None:
-        """Put everything to rest, so that loading writes to masters only."""
+    def rest_everything(self) -> None:
+        """Put everything to rest, so that loading and saving see masters only."""
         self.sync_masters()
         self.onloaded = False
         with torch.inference_mode(False):

@@ -86,12 +86,16 @@ class StateHooks(NotCopied):
             inner = 0 < self._under_way == session.calls.depth - 1
             if loading and not inner:
                 session.require_no_call("load_state_dict")
-                session.rest_for_loading()
+                session.rest_everything()
             elif not inner:
                 calls = session.calls
-                if calls.depth > 1 and not calls.runs_here() and not calls.is_guest:
+                inside = calls.runs_here() or calls.is_guest
+                if calls.depth > 1 and not inside:
                     session.recover()
                 session.sync_masters()
+                if session.inventory.has_packed and calls.depth == 1:
+                    # Their classes make entries of parts, from where these lie.
+                    session.rest_everything()
         except BaseException as error:
             session.torn |= not isinstance(error, Exception)
             session.calls.leave()
@@ -120,10 +124,8 @@ class StateHooks(NotCopied):
             for key, tensor in registry.items():
                 found = None if tensor is None else inventory.find(tensor)
                 value = state.get(prefix + key)
-                if found is None or not isinstance(value, torch.Tensor):
-                    continue
-                if value is tensor:
-                    continue  # keep_vars=True asks for the objects
+                if found is None or type(value) is not torch.Tensor:
+                    continue  # keep_vars=True asks for the objects; GGUF has its own
                 bound = value.data_ptr() != found[1].rest_pointer
                 # What is at rest may be bound by the time that its holder writes to
                 # it, and would count as written by a forward: it shares its version.

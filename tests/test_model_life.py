@@ -31,7 +31,7 @@ from hookoffload.codec import Codec
 from hookoffload.device_memory import DeviceMemory
 from hookoffload.layer import Layer
 from hookoffload.master import Master
-from hookoffload.partition import group_tensors
+from hookoffload.registered import group_tensors
 from tests.small_models import (
     TinyModel,
     assert_same,

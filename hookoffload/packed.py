@@ -1,0 +1,226 @@
+"""Registered tensors whose bytes lie in other tensors: quantised weights.
+
+[Note: packed tensors]
+A quantised weight is registered as one parameter, while what has to move are several
+plain tensors: packed integers, scales, zero points. These *parts* get the masters. They
+stay the objects that they are, as every tensor does (see [Note: in-place moves]), so
+whoever holds the weight holds the same one. Their dtype says nothing about values: a
+part is never cast. There are two kinds:
+
+* Wrapper subclasses (torchao, optimum-quanto) have no bytes of their own, and name what
+  has them in ``__tensor_flatten__``; that can be wrappers again. A wrapper also says a
+  device, which `Wrapper` makes follow that of its parts.
+* Parameters of bitsandbytes and GGUF have packed bytes of their own, and may have plain
+  tensors in attributes. No protocol lists these, so their names are below.
+
+Other subclasses are refused: half of one would stay where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .codec import is_movable
+
+# What holds tensors beside a parameter's own bytes, by dotted class name.
+_BESIDE: dict[str, tuple[str, ...]] = {
+    "bitsandbytes.nn.modules.Int8Params": ("CB", "SCB"),
+    "bitsandbytes.nn.modules.Params4bit": ("quant_state",),
+    "diffusers.quantizers.gguf.utils.GGUFParameter": (),
+}
+_LINEAR_8BIT = "bitsandbytes.nn.modules.Linear8bitLt"
+_LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+class Parts(NamedTuple):
+    """What has to move of one registered tensor.
+
+    Attributes:
+        tensors: plain tensors, the tensor itself if it is one; the bulk comes first.
+        wrappers: what says a device that must follow theirs, inner ones first.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    wrappers: tuple[Wrapper, ...] = ()
+
+
+class Wrapper:
+    """A tensor subclass without bytes, which says the device that its parts are on.
+
+    Args:
+        tensor: the tensor.
+        names: the attributes that hold its parts.
+    """
+
+    __slots__ = ("_faces", "_names", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor, names: list[str]) -> None:
+        self._tensor = tensor
+        self._names = names
+        self._faces: dict[torch.device, torch.Tensor] = {}
+
+    def follow(self, device: torch.device) -> None:
+        """Say ``device``, as soon as all parts are there."""
+        tensor = self._tensor
+        with torch._C.DisableTorchFunctionSubclass():
+            if tensor.device == device:
+                return
+            parts = {name: getattr(tensor, name) for name in self._names}
+            if any(part.device != device for part in parts.values()):
+                return
+            face = self._faces.get(device)
+            if face is None:
+                # Only its metadata is taken, again and again: the parts go on moving.
+                face = self._faces[device] = rebuilt(tensor, parts)
+            tensor.data = face
+
+
+def rebuilt(tensor: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a wrapper like ``tensor`` around other parts."""
+    kind: Any = type(tensor)
+    context = kind.__tensor_flatten__(tensor)[1]
+    made: torch.Tensor = kind.__tensor_unflatten__(
+        parts, context, tensor.size(), tensor.stride()
+    )
+    return made
+
+
+def parts_of(tensor: torch.Tensor, owner: nn.Module | None = None) -> Parts | None:
+    """Return what has to move of a tensor; None if nobody knows.
+
+    Args:
+        tensor: registered in a module.
+        owner: the module, which may keep a part of what the tensor is made of.
+    """
+    if type(tensor) in _PLAIN and is_movable(tensor):
+        return Parts((tensor,))
+    if is_wrapper(tensor):
+        return _wrapped(tensor)
+    beside = next((_BESIDE[n] for n in _class_names(tensor) if n in _BESIDE), None)
+    if beside is None:
+        return Parts((tensor,)) if is_movable(tensor) else None
+    found = [tensor]
+    for name in beside:
+        found += _tensors_in(getattr(tensor, name, None))
+    if _LINEAR_8BIT in _class_names(owner) and tensor.dtype is torch.int8:
+        # Its first forward moves them there.
+        state: Any = getattr(owner, "state", None)
+        found += (t for t in (state.CB, state.SCB) if t is not None)
+    return Parts(tuple({id(t): t for t in found}.values()))
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is a subclass that lists its parts.
+
+    PyTorch's own (DTensor, nested and fake tensors) are no weights in memory.
+    """
+    kind = type(tensor)
+    listed = hasattr(kind, "__tensor_flatten__") and hasattr(
+        kind, "__tensor_unflatten__"
+    )
+    return listed and not kind.__module__.startswith("torch.")
+
+
+def _wrapped(tensor: torch.Tensor) -> Parts | None:
+    kind: Any = type(tensor)
+    names: list[str] = list(kind.__tensor_flatten__(tensor)[0])
+    tensors: list[torch.Tensor] = []
+    wrappers: list[Wrapper] = []
+    for name in names:
+        part = getattr(tensor, name)
+        if not isinstance(part, torch.Tensor) or getattr(tensor, name) is not part:
+            return None  # made anew at each look: there is no object to move
+        inner = parts_of(part)
+        if inner is None:
+            return None
+        tensors += inner.tensors
+        wrappers += inner.wrappers
+    return Parts(tuple(tensors), (*wrappers, Wrapper(tensor, names)))
+
+
+def bytes_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors that have a tensor's bytes: itself, or a wrapper's parts."""
+    if type(tensor) in _PLAIN or not is_wrapper(tensor):
+        return (tensor,)
+    parts = _wrapped(tensor)
+    return (tensor,) if parts is None else parts.tensors
+
+
+def gives_other_data(owner: nn.Module) -> bool:
+    """Tell whether a module's forward does ``parameter.data = other`` by itself.
+
+    Those of bitsandbytes give their bias the dtype of the input.
+    """
+    return not {_LINEAR_8BIT, _LINEAR_4BIT}.isdisjoint(_class_names(owner))
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield a tensor, or those in an object's attributes and in theirs."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    else:
+        for part in getattr(value, "__dict__", {}).values():
+            yield from _tensors_in(part)
+
+
+def _class_names(value: object) -> set[str]:
+    return {f"{c.__module__}.{c.__qualname__}" for c in type(value).__mro__}
+
+
+def check_packing(
+    name: str, tensor: torch.Tensor, owner: nn.Module, device: torch.device
+) -> None:
+    """Refuse a quantised weight whose class packs it otherwise where it computes.
+
+    Raises:
+        ValueError: It does.
+    """
+    if _LINEAR_4BIT in _class_names(owner):
+        state = getattr(tensor, "quant_state", None)
+        packed = getattr(state, "packing_format_for_cpu", False)
+        packs = device.type == "cpu" and getattr(
+            owner, "support_avx512bf16_for_cpu", False
+        )
+        if packed or packs:
+            raise ValueError(
+                f"{name}: bitsandbytes packs 4-bit weights anew for this CPU in their "
+                "first forward, behind which they could not be moved. Set "
+                "support_avx512bf16_for_cpu = False on every Linear4bit before the "
+                "model runs for the first time"
+            )
+        return
+    if not is_wrapper(tensor) or tensor.device.type == device.type:
+        return
+    try:
+        moved = tensor.detach().to(device)
+    except Exception as error:
+        reason = f"which refuses to go there: {error}"
+    else:
+        if type(moved) is type(tensor) and _same_parts(moved, tensor):
+            return
+        reason = "which packs its bytes otherwise there"
+    raise ValueError(
+        f"{name} is a {type(tensor).__name__} on {tensor.device.type} and is to "
+        f"compute on {device.type}, {reason}. Quantise the model on {device.type}, and "
+        "attach it as it is then"
+    )
+
+
+def _same_parts(one: torch.Tensor, other: torch.Tensor) -> bool:
+    pairs = zip(bytes_of(one), bytes_of(other), strict=False)
+    return len(bytes_of(one)) == len(bytes_of(other)) and all(
+        a.dtype == b.dtype
+        and a.stride() == b.stride()
+        and torch.equal(_bits(a).to(b.device), _bits(b))
+        for a, b in pairs
+    )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,220 @@
+"""Model -> its tensor objects, and which of them share bytes.
+
+Everything here only reads the model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .codec import is_castable
+from .packed import Wrapper, check_packing, gives_other_data, parts_of
+
+
+@dataclass
+class ManagedTensor:
+    """One tensor object of the model: a parameter, a buffer, or a part of one.
+
+    Attributes:
+        name: its first full name in the model; the others are in ``aliases``. Parts
+            have the name of what they are a part of.
+        tensor: the object that the user holds; only its ``.data`` ever changes.
+        is_buffer: registered as a buffer, or to be treated like one.
+        aliases: further full names of the same object (tied weights).
+        persistent: False for a buffer that ``state_dict`` leaves out.
+        holders: what is registered: the tensor itself, or the packed tensors that it
+            is a part of.
+        wrappers: those of them whose device follows its own.
+        castable: whether it may change its dtype.
+        stays: False if its module's forward gives it other data.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    is_buffer: bool
+    aliases: list[str] = field(default_factory=list)
+    persistent: bool = True
+    holders: list[torch.Tensor] = field(default_factory=list)
+    wrappers: tuple[Wrapper, ...] = ()
+    castable: bool = False
+    stays: bool = True
+
+
+@dataclass(eq=False)
+class TensorGroup:
+    """Tensors whose bytes overlap in one storage: one master, moved once.
+
+    Attributes:
+        members: the tensors; nearly always one.
+        low: first byte in the storage that they share.
+        high: one past their last byte.
+    """
+
+    members: list[ManagedTensor]
+    low: int
+    high: int
+
+    @property
+    def name(self) -> str:
+        """Full name of the first member."""
+        return self.members[0].name
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether no member is a parameter."""
+        return all(member.is_buffer for member in self.members)
+
+
+def group_tensors(
+    model: nn.Module,
+) -> tuple[list[ManagedTensor], list[TensorGroup]]:
+    """List a model's tensor objects, and group those whose bytes overlap."""
+    found: dict[int, ManagedTensor] = {}
+    for name, module, registered, is_buffer in _registered(model):
+        key = name.rpartition(".")[2]
+        kept = not is_buffer or key not in module._non_persistent_buffers_set
+        parts = parts_of(registered, module)
+        if parts is None:
+            continue  # refused by `check_tensors`, with its name
+        for tensor in parts.tensors:
+            new = ManagedTensor(name, tensor, is_buffer, persistent=kept)
+            new.holders.append(registered)
+            new.wrappers = parts.wrappers
+            new.castable = tensor is registered and is_castable(tensor)
+            new.stays = not gives_other_data(module)
+            _add(found, new)
+    tensors = list(found.values())
+    return tensors, _overlapping(tensors)
+
+
+def _registered(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Module, torch.Tensor, bool]]:
+    """Yield name, owner and tensor of each registration, and whether as a buffer."""
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dot + key, module, parameter, False
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                yield dot + key, module, buffer, True
+
+
+# Tables that several packed tensors read, as those of 4-bit floats, are far smaller.
+_SHARED_TABLE_BYTES = 2**16
+
+
+def _add(found: dict[int, ManagedTensor], new: ManagedTensor) -> None:
+    known = found.setdefault(id(new.tensor), new)
+    if known is new:
+        return
+    known.aliases.append(new.name)
+    known.persistent |= new.persistent
+    known.is_buffer &= new.is_buffer
+    if known.holders[0] is not new.holders[0]:
+        known.holders += new.holders
+        known.wrappers += new.wrappers
+        # In one of their layers, it would bring that layer along with every other.
+        known.is_buffer |= new.tensor.nbytes <= _SHARED_TABLE_BYTES
+
+
+def _overlapping(tensors: list[ManagedTensor]) -> list[TensorGroup]:
+    by_storage: dict[object, list[TensorGroup]] = defaultdict(list)
+    for managed in tensors:
+        tensor = managed.tensor
+        if tensor.is_meta:
+            continue  # refused by `check_tensors`, with its name
+        low, high = span(tensor)
+        key: object = id(managed) if high == low else tensor.untyped_storage()._cdata
+        by_storage[key].append(TensorGroup([managed], low, high))
+    groups = []
+    for candidates in by_storage.values():
+        candidates.sort(key=lambda g: (g.low, g.high))
+        merged = [candidates[0]]
+        for group in candidates[1:]:
+            if group.low < merged[-1].high:
+                merged[-1].members += group.members
+                merged[-1].high = max(merged[-1].high, group.high)
+            else:
+                merged.append(group)
+        groups += merged
+    return groups
+
+
+def span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the range of bytes that a strided tensor covers in its storage."""
+    low = int(tensor.storage_offset()) * tensor.itemsize
+    if tensor.numel() == 0:
+        return low, low
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return low, low + (last + 1) * tensor.itemsize
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Raise `ValueError` for tensors that cannot be moved, and if there are none."""
+    any_tensor = False
+    for name, module, registered, _ in _registered(model):
+        any_tensor = True
+        parts = parts_of(registered, module)
+        if torch.nn.parameter.is_lazy(registered):
+            raise ValueError(
+                f"{name} is not initialised yet (a lazy module); run the model once "
+                "before attaching"
+            )
+        if parts is None:
+            raise ValueError(
+                f"{name} is a {type(registered).__name__} with layout "
+                f"{registered.layout}, and it is not known where its bytes lie. Plain "
+                "tensors can be offloaded, and those that torchao, optimum-quanto, "
+                "bitsandbytes and GGUF pack. Dequantise it, give its class "
+                "__tensor_flatten__ and __tensor_unflatten__ as PyTorch describes "
+                "them, or leave its module out of the model that you attach"
+            )
+        for tensor in parts.tensors:
+            _check_values(name, tensor)
+    if not any_tensor:
+        raise ValueError(
+            f"{type(model).__name__} has no parameters and no buffers: there is "
+            "nothing to offload"
+        )
+
+
+def _check_values(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device and has no values. Give them with "
+            "load_model(model_class, checkpoint, policy=...), which also attaches; "
+            "if it was moved there while attached, detach(model) first"
+        )
+    if tensor.is_inference():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode() and cannot be given "
+            "other memory. Make (or load) the model outside of it; running it "
+            "inside is fine"
+        )
+
+
+def check_packed(model: nn.Module, device: torch.device) -> None:
+    """Raise `ValueError` for what is packed for another device than the given one."""
+    seen: set[type] = set()
+    smallest_first = sorted(_registered(model), key=lambda entry: entry[2].numel())
+    for name, module, tensor, _ in smallest_first:
+        kind = type(tensor)
+        if kind not in seen and kind not in (torch.Tensor, nn.Parameter):
+            seen.add(kind)
+            check_packing(name, tensor, module, device)
+
+
+def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that have the bytes of what is registered, and its names."""
+    for name, module, registered, _ in _registered(model):
+        parts = parts_of(registered, module)
+        for tensor in (registered,) if parts is None else parts.tensors:
+            yield name, tensor

@@ -1,0 +1,145 @@
+"""Quantised weights on a GPU: they go there packed, and say where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hookoffload import (
+    attach_offload_hooks,
+    detach,
+    offload_plan,
+    offload_stats,
+    offloaded,
+)
+from tests.quantised_models import (
+    KINDS,
+    WIDTH,
+    attributes,
+    flat,
+    linears,
+    parts,
+    rows,
+    torchao,
+)
+from tests.samples import run, same_bits
+
+pytestmark = pytest.mark.gpu
+
+MIB = 2**20
+SETTINGS: dict[str, dict[str, Any]] = {
+    "least": {"limit_gb": 0},
+    "unlimited": {"limit_gb": None},
+    "disk, least": {"store": "disk", "limit_gb": 0},
+    "disk, unlimited": {"store": "disk"},
+    "poisoned": {"limit_gb": 0, "debug": True},
+}
+
+
+def _tile_packed(**fields: Any) -> nn.Module:
+    return torchao(
+        "Int4WeightOnlyConfig", int4_packing_format="tile_packed_to_4d", **fields
+    )
+
+
+# Packed for the tensor cores: the CPU has no kernel for it.
+GPU_KINDS: dict[str, Callable[..., nn.Module]] = {
+    **KINDS,
+    "torchao int4, tile packed": _tile_packed,
+}
+
+
+@pytest.mark.parametrize("make", GPU_KINDS.values(), ids=GPU_KINDS)
+def test_outputs_devices_and_objects_are_those_of_the_plain_model(
+    make: Callable[..., nn.Module],
+) -> None:
+    model, x = make(device="cuda"), rows().cuda()
+    want = run(model, x)
+    before, held = attributes(model), parts(model)
+    saved = flat(model.state_dict())
+    values = {name: part.cpu() for name, part in held.items()}
+    seen: list[set[str]] = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, _: seen.append({p.device.type for p in module.parameters()})
+        )
+        for module in model
+    ]
+    for setting in SETTINGS.values():
+        with offloaded(model, **setting):
+            for _ in range(3):
+                assert same_bits(run(model, x), want)
+            state = flat(model.state_dict())
+            for name, value in saved.items():
+                if isinstance(value, torch.Tensor):
+                    assert state[name].device.type == "cpu", name
+                    assert same_bits(state[name], value.cpu()), name
+            at_rest = {p.device.type for p in model.parameters()}
+            assert at_rest == {"cpu"}
+        assert attributes(model) == before
+        for name, part in parts(model).items():
+            assert part is held[name]
+            assert part.device.type == "cuda"
+            assert same_bits(part, values[name])
+    assert set().union(*seen) == {"cuda"}
+    for hook in hooks:
+        hook.remove()
+    assert same_bits(run(model, x), want)
+
+
+@pytest.mark.parametrize(
+    "kind", ["wrapper subclass", "torchao int8", "torchao fp8", "quanto int8"]
+)
+def test_weights_that_were_quantised_on_the_cpu_compute_on_the_gpu(kind: str) -> None:
+    model = KINDS[kind]()
+    with torch.no_grad():
+        moved = KINDS[kind]().cuda()
+        moved.load_state_dict(model.state_dict())
+    x = rows().cuda()
+    want = run(moved, x)
+    with offloaded(model, limit_gb=0):
+        for _ in range(2):
+            assert same_bits(run(model, x), want)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_what_the_cpu_packs_otherwise_is_refused() -> None:
+    """On the CPU optimum-quanto packs 4 bits as another kernel wants them."""
+    model = KINDS["quanto int4"]()
+    if "TinyGemm" not in type(model[0].weight).__name__:
+        pytest.skip("this optimum-quanto packs both alike")
+    with pytest.raises(ValueError, match=r"weight is a TinyGemm.* on cpu"):
+        attach_offload_hooks(model)
+
+
+@pytest.mark.parametrize("kind", ["torchao int8", "bitsandbytes nf4", "gguf q8_0"])
+def test_the_allocators_peak_keeps_the_limit(kind: str) -> None:
+    model = nn.Sequential(*[KINDS[kind](device="cuda") for _ in range(40)])
+    packed = sum({p.data_ptr(): p.nbytes for p in parts(model).values()}.values())
+    attach_offload_hooks(model)
+    detach(model)
+    x = rows().cuda()
+    want = run(model, x)
+    limit = packed // 3 + 8 * MIB
+    with offloaded(model, limit_gb=limit / 2**30):
+        for _ in range(3):
+            assert same_bits(run(model, x), want)
+        stats = offload_stats(model)
+        assert offload_plan(model).pass_bytes < packed
+        assert stats.peak_bytes <= limit
+        assert stats.bytes_moved < 3.5 * packed
+
+
+def test_a_whole_stack_streams_its_integers_and_no_floats() -> None:
+    model = nn.Sequential(*[linears() for _ in range(2)]).cuda()
+    floats = sum(p.nbytes for p in model.parameters())
+    quantised = nn.Sequential(*[KINDS["torchao int8"](device="cuda") for _ in range(2)])
+    x = torch.randn(2, WIDTH, dtype=torch.bfloat16, device="cuda")
+    with offloaded(quantised, limit_gb=0):
+        for _ in range(3):
+            run(quantised, x)
+        assert offload_plan(quantised).pass_bytes < 0.6 * floats
