@@ -210,7 +210,7 @@ def make_master(
         always: it is on the compute device whatever happens.
         on_disk: it waits in a file.
     """
-    names = [n for m in group.members for n in (m.name, *m.aliases)]
+    names = [n + m.path for m in group.members for n in (m.name, *m.aliases)]
     location = next((locations[name] for name in names if name in locations), None)
     first = group.members[0].tensor
     one_dtype = len({m.tensor.dtype for m in group.members}) == 1

@@ -18,6 +18,7 @@ from .checkpoint import open_checkpoint
 from .conversion_cache import ConversionCache
 from .converting import Converter, Locations, convert
 from .model_building import build_empty
+from .packed import Parts, parts_of, with_parts
 from .policy import OffloadPolicy
 from .progress import progress_shown
 from .readers import Read, empty_in_ram, read_tensors
@@ -61,7 +62,9 @@ def load_model(
     Args:
         model_class_or_factory: called to make the model. A model class of transformers
             or diffusers, if `config` is None and the checkpoint is a folder with a
-            config.json, is configured by that.
+            config.json, is configured by that. A function may quantise what it makes;
+            then the checkpoint has the parts of each weight, under the names that
+            its class has for them (``"up.weight.scale"``).
         checkpoint: a file, several (a later one wins), a pattern such as
             ``"folder/*.safetensors"``, an index, or a folder with an index. Files that
             `torch.save` made (.bin, .pth, .pt, .ckpt) are converted first; those that
@@ -151,11 +154,13 @@ class _Slot:
         names: its full names.
         places: the registries and keys that hold it.
         tensor: the tensor without values (or the buffer with its initial ones).
+        path: where it is in a quantised one, see [Note: packed tensors].
     """
 
     names: list[str]
     places: list[tuple[dict[str, Any], str]]
     tensor: torch.Tensor
+    path: str = ""
 
 
 def _slots(model: nn.Module) -> list[_Slot]:
@@ -172,11 +177,14 @@ def _slots(model: nn.Module) -> list[_Slot]:
             for key, tensor in registry.items():
                 if tensor is None or (registry is module._buffers and key in volatile):
                     continue
-                empty = tensor.numel() == 0
-                same = id(tensor) if empty else tensor.untyped_storage()._cdata
-                slot = slots.setdefault((same, tensor.shape), _Slot([], [], tensor))
-                slot.names.append(dot + key)
-                slot.places.append((registry, key))
+                parts = parts_of(tensor, module) or Parts((tensor,))
+                for part, path in zip(parts.tensors, parts.paths, strict=True):
+                    empty = part.numel() == 0
+                    same = id(part) if empty else part.untyped_storage()._cdata
+                    new = _Slot([], [], part, path)
+                    slot = slots.setdefault((same, part.shape), new)
+                    slot.names.append(dot + key + path)
+                    slot.places.append((registry, key))
     return list(slots.values())
 
 
@@ -194,6 +202,13 @@ def _check_names_and_shapes(
         for name in slot.names
         if name in have and locations[name].shape != tuple(slot.tensor.shape)
     ]
+    mistyped = [
+        f"{name} is {locations[name].dtype}, the quantised model needs "
+        f"{slot.tensor.dtype}"
+        for slot in slots
+        for name in slot.names
+        if slot.path and name in have and locations[name].dtype != slot.tensor.dtype
+    ]
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing: {_some(missing)}")
@@ -201,6 +216,8 @@ def _check_names_and_shapes(
         problems.append(f"{len(extra)} that the model does not have: {_some(extra)}")
     if misshapen:
         problems.append(f"{len(misshapen)} of another shape: {_some(misshapen)}")
+    if mistyped:
+        problems.append(f"{len(mistyped)} of another dtype: {_some(mistyped)}")
     if problems:
         raise CheckpointError(
             f"{checkpoint}: the tensors are not those of the model: "
@@ -231,21 +248,49 @@ def _assign(slots: list[_Slot], locations: Locations, *, apart: bool) -> Locatio
     stay: Locations = {}
     reads: list[Read] = []
     maps = _Maps()
+    packed: dict[int, _Packed] = {}
     for slot in slots:
         location = next(locations[n] for n in slot.names if n in locations)
-        if isinstance(slot.tensor, nn.Parameter):
+        is_parameter = isinstance(slot.tensor, nn.Parameter)
+        if is_parameter or slot.path:
             location = maps.own(location) if apart else location
-            mapped = location.file.mapped(location)
-            learns = slot.tensor.requires_grad and mapped.is_floating_point()
-            tensor: torch.Tensor = nn.Parameter(mapped, requires_grad=learns)
+            tensor = location.file.mapped(location)
+            if is_parameter:
+                learns = slot.tensor.requires_grad and tensor.is_floating_point()
+                tensor = nn.Parameter(tensor, requires_grad=learns)
             stay[slot.names[0]] = location
         else:
             tensor = empty_in_ram(location.shape, location.dtype)
             reads.append((location, tensor))
         for registry, key in slot.places:
-            registry[key] = tensor
+            if slot.path:
+                wrapper = registry[key]
+                about = packed.setdefault(id(wrapper), _Packed(wrapper))
+                about.parts[slot.path] = tensor
+                about.places.append((registry, key))
+            else:
+                registry[key] = tensor
+    for about in packed.values():
+        about.register()
     read_tensors(reads)
     return stay
+
+
+class _Packed:
+    """A quantised tensor whose parts are being given values."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.parts: dict[str, torch.Tensor] = {}
+        self.places: list[tuple[dict[str, Any], str]] = []
+
+    def register(self) -> None:
+        """Make it anew around its parts, and register it where it was."""
+        made = with_parts(self.tensor, self.parts)
+        if isinstance(self.tensor, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=self.tensor.requires_grad)
+        for registry, key in self.places:
+            registry[key] = made
 
 
 class _Maps:

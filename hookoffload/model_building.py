@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from accelerate import init_empty_weights
 from torch import nn
 
+from .packed import is_wrapper
 from .safetensors_header import CheckpointError
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -37,7 +39,7 @@ def build_empty(
     make = factory
     if config is None and isinstance(factory, type):
         make = _configured(factory, checkpoint) or factory
-    with init_empty_weights(include_buffers=False):
+    with _plain_parameters_empty():
         if config is None:
             model = make()
         elif isinstance(config, Mapping):
@@ -54,6 +56,28 @@ def build_empty(
         if _has_config(type(model)) and callable(tie_weights):
             tie_weights()
     return model.eval()
+
+
+@contextmanager
+def _plain_parameters_empty() -> Iterator[None]:
+    """Have parameters made on the meta device.
+
+    Accelerate replaces each by a new one when it is registered. What quantises a model
+    inside the factory registers wrappers around tensors that are empty already, and
+    accelerate cannot make these.
+    """
+    register = nn.Module.register_parameter
+    with init_empty_weights(include_buffers=False):
+        register_empty = nn.Module.register_parameter
+
+        def registered(
+            module: nn.Module, name: str, parameter: nn.Parameter | None
+        ) -> None:
+            wraps = parameter is not None and is_wrapper(parameter)
+            (register if wraps else register_empty)(module, name, parameter)
+
+        nn.Module.register_parameter = registered  # type: ignore[assignment]
+        yield
 
 
 def _has_config(cls: type) -> bool:

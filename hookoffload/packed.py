@@ -18,7 +18,7 @@ Other subclasses are refused: half of one would stay where it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +43,12 @@ class Parts(NamedTuple):
 
     Attributes:
         tensors: plain tensors, the tensor itself if it is one; the bulk comes first.
+        paths: where each is found in a wrapper (".scale"); "" if it has no name.
         wrappers: what says a device that must follow theirs, inner ones first.
     """
 
     tensors: tuple[torch.Tensor, ...]
+    paths: tuple[str, ...] = ("",)
     wrappers: tuple[Wrapper, ...] = ()
 
 
@@ -91,6 +93,18 @@ def rebuilt(tensor: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tenso
     return made
 
 
+def with_parts(
+    tensor: torch.Tensor, parts: Mapping[str, torch.Tensor], path: str = ""
+) -> torch.Tensor:
+    """Return a wrapper like ``tensor`` with other plain tensors at the paths inside."""
+    if not is_wrapper(tensor):
+        return parts[path]
+    kind: Any = type(tensor)
+    names: list[str] = kind.__tensor_flatten__(tensor)[0]
+    inner = {n: with_parts(getattr(tensor, n), parts, f"{path}.{n}") for n in names}
+    return rebuilt(tensor, inner)
+
+
 def parts_of(tensor: torch.Tensor, owner: nn.Module | None = None) -> Parts | None:
     """Return what has to move of a tensor; None if nobody knows.
 
@@ -112,7 +126,8 @@ def parts_of(tensor: torch.Tensor, owner: nn.Module | None = None) -> Parts | No
         # Its first forward moves them there.
         state: Any = getattr(owner, "state", None)
         found += (t for t in (state.CB, state.SCB) if t is not None)
-    return Parts(tuple({id(t): t for t in found}.values()))
+    tensors = tuple({id(t): t for t in found}.values())
+    return Parts(tensors, ("",) * len(tensors))
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
@@ -131,6 +146,7 @@ def _wrapped(tensor: torch.Tensor) -> Parts | None:
     kind: Any = type(tensor)
     names: list[str] = list(kind.__tensor_flatten__(tensor)[0])
     tensors: list[torch.Tensor] = []
+    paths: list[str] = []
     wrappers: list[Wrapper] = []
     for name in names:
         part = getattr(tensor, name)
@@ -140,8 +156,9 @@ def _wrapped(tensor: torch.Tensor) -> Parts | None:
         if inner is None:
             return None
         tensors += inner.tensors
+        paths += (f".{name}{path}" for path in inner.paths)
         wrappers += inner.wrappers
-    return Parts(tuple(tensors), (*wrappers, Wrapper(tensor, names)))
+    return Parts(tuple(tensors), tuple(paths), (*wrappers, Wrapper(tensor, names)))
 
 
 def bytes_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -30,6 +30,7 @@ class ManagedTensor:
         holders: what is registered: the tensor itself, or the packed tensors that it
             is a part of.
         wrappers: those of them whose device follows its own.
+        path: where a part is found in its wrapper, which makes its name whole.
         castable: whether it may change its dtype.
         stays: False if its module's forward gives it other data.
     """
@@ -41,6 +42,7 @@ class ManagedTensor:
     persistent: bool = True
     holders: list[torch.Tensor] = field(default_factory=list)
     wrappers: tuple[Wrapper, ...] = ()
+    path: str = ""
     castable: bool = False
     stays: bool = True
 
@@ -81,8 +83,8 @@ def group_tensors(
         parts = parts_of(registered, module)
         if parts is None:
             continue  # refused by `check_tensors`, with its name
-        for tensor in parts.tensors:
-            new = ManagedTensor(name, tensor, is_buffer, persistent=kept)
+        for tensor, path in zip(parts.tensors, parts.paths, strict=True):
+            new = ManagedTensor(name, tensor, is_buffer, persistent=kept, path=path)
             new.holders.append(registered)
             new.wrappers = parts.wrappers
             new.castable = tensor is registered and is_castable(tensor)

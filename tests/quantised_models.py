@@ -96,9 +96,14 @@ def coded(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
     return _replace_linears(linears(dtype), code)
 
 
+def _there(model: nn.Sequential, device: str) -> nn.Sequential:
+    # One without values cannot go anywhere.
+    return model if device == "cpu" else model.to(device)
+
+
 def torchao(config: str, *args: Any, device: str = "cpu", **kwargs: Any) -> nn.Module:
     quantization = pytest.importorskip("torchao.quantization")
-    model = linears().to(device)
+    model = _there(linears(), device)
     quantization.quantize_(model, getattr(quantization, config)(*args, **kwargs))
     return model
 
@@ -107,7 +112,7 @@ def quanto(
     qtype: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> nn.Module:
     library = pytest.importorskip("optimum.quanto")
-    model = linears(dtype).to(device)
+    model = _there(linears(dtype), device)
     library.quantize(model, weights=getattr(library, qtype))
     library.freeze(model)
     return model

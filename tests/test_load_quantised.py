@@ -1,0 +1,127 @@
+"""Quantised models from files that hold the parts of their weights."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hookoffload import OffloadPolicy, detach, load_model, offload_stats
+from hookoffload.safetensors_header import CheckpointError
+from tests.quantised_models import Coded, coded, parts, quanto, rows, torchao
+from tests.samples import run, same_bits
+
+STORES: dict[str, dict[str, Any]] = {
+    "disk": {"store": "disk", "limit_gb": 0},
+    "disk, unlimited": {"store": "disk"},
+    "ram": {},
+    "part in ram": {"limit_gb": 0, "host_limit_gb": 0.0005},
+}
+
+
+def _flat(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a state dict in which each part has a name of its own."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Coded):
+            state[f"{name}.codes"], state[f"{name}.scale"] = tensor.codes, tensor.scale
+        else:
+            state[name] = tensor
+    return state
+
+
+def _policy(**fields: Any) -> OffloadPolicy:
+    return OffloadPolicy(compute_device="cpu", **fields)
+
+
+@pytest.mark.parametrize("store", STORES.values(), ids=STORES)
+def test_parts_are_read_from_the_file_into_a_model_that_was_quantised_empty(
+    tmp_path: Path, store: dict[str, Any]
+) -> None:
+    source, x = coded(), rows()
+    want = run(source, x)
+    save_file(_flat(source), tmp_path / "model.safetensors")
+    model = load_model(coded, tmp_path / "model.safetensors", _policy(**store))
+    for _ in range(3):
+        assert same_bits(run(model, x), want)
+    assert isinstance(model[0].weight, Coded)
+    assert isinstance(model[0].weight, nn.Parameter)
+    if "disk" in store.values():
+        assert offload_stats(model).disk_bytes == sum(
+            part.nbytes for part in parts(source).values()
+        )
+        # They are read where they lie, and not written anywhere else.
+        assert not list(Path(tempfile.gettempdir()).glob("hookoffload-*"))
+    detach(model)
+    assert same_bits(run(model, x), want)
+
+
+@pytest.mark.parametrize("qtype", ["qint8", "qfloat8", "qint2"])
+def test_what_optimum_quanto_saves_is_loaded_as_it_is(
+    tmp_path: Path, qtype: str
+) -> None:
+    source, x = quanto(qtype), rows()
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    model = load_model(
+        lambda: quanto(qtype),
+        tmp_path / "model.safetensors",
+        _policy(store="disk", limit_gb=0),
+    )
+    assert same_bits(run(model, x), run(source, x))
+
+
+def test_what_torchao_saves_is_loaded_with_its_names_converted(tmp_path: Path) -> None:
+    source, x = torchao("Int8WeightOnlyConfig"), rows()
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    state, _ = support.flatten_tensor_state_dict(source.state_dict())
+    save_file(state, tmp_path / "model.safetensors")
+    model = load_model(
+        lambda: torchao("Int8WeightOnlyConfig"),
+        tmp_path / "model.safetensors",
+        _policy(store="disk", limit_gb=0),
+        state_dict_converter=lambda state: {
+            name.replace("._weight_", ".weight."): value
+            for name, value in state.items()
+        },
+    )
+    assert same_bits(run(model, x), run(source, x))
+
+
+class Twice(nn.Module):
+    """One quantised weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = coded()[0], coded()[0]
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x))
+
+
+def test_a_tied_quantised_weight_is_tied_when_it_is_loaded(tmp_path: Path) -> None:
+    source, x = Twice(), rows()
+    state = _flat(source)
+    del state["two.weight.codes"], state["two.weight.scale"]
+    save_file(state, tmp_path / "model.safetensors")
+    policy = _policy(store="disk", limit_gb=0)
+    model = load_model(Twice, tmp_path / "model.safetensors", policy)
+    assert model.one.weight is model.two.weight
+    assert same_bits(run(model, x), run(source, x))
+
+
+def test_parts_of_another_dtype_or_name_are_refused_and_named(tmp_path: Path) -> None:
+    state = _flat(coded())
+    state["2.weight.codes"] = state["2.weight.codes"].float()
+    del state["4.weight.scale"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_model(coded, tmp_path / "model.safetensors", _policy())
+    assert "1 missing: 4.weight.scale" in str(caught.value)
+    assert "2.weight.codes is torch.float32" in str(caught.value)
+    assert "needs torch.int8" in str(caught.value)
