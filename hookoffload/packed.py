@@ -79,7 +79,8 @@ class Wrapper:
             face = self._faces.get(device)
             if face is None:
                 # Only its metadata is taken, again and again: the parts go on moving.
-                face = self._faces[device] = rebuilt(tensor, parts)
+                with torch.inference_mode(False):
+                    face = self._faces[device] = rebuilt(tensor, parts)
             tensor.data = face
 
 

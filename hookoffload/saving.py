@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import nn
 from .checkpoint_folder import ELSEWHERE, CheckpointReplacement, shard_name
 from .codec import is_movable
 from .master import Master, Member
+from .packed import is_wrapper, parts_of
 from .progress import progress_bar
 from .safetensors_file import CheckpointFile
 from .safetensors_header import CheckpointError
@@ -160,7 +161,7 @@ def _sources(
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     sources: dict[str, Source] = {}
     stored: set[object] = set()
-    for name, value in state.items():
+    for name, value in _entries(state):
         if not isinstance(value, torch.Tensor) or not is_movable(value):
             raise CheckpointError(
                 f"{folder}: {name!r} is a {type(value).__name__}, which a safetensors "
@@ -175,6 +176,19 @@ def _sources(
             sources[name] = source
             stored.add(same)
     return sources
+
+
+def _entries(state: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Yields the entries, with the parts of quantised ones as `load_model` has them."""
+    for name, value in state.items():
+        parts = None
+        if isinstance(value, torch.Tensor) and is_wrapper(value):
+            parts = parts_of(value)
+        if parts is None:
+            yield name, value
+            continue
+        for path, tensor in zip(parts.paths, parts.tensors, strict=True):
+            yield name + path, tensor
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:

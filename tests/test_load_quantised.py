@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hookoffload import OffloadPolicy, detach, load_model, offload_stats
+from hookoffload import (
+    OffloadPolicy,
+    detach,
+    load_model,
+    offload_stats,
+    offloaded,
+    save_model,
+)
 from hookoffload.safetensors_header import CheckpointError
 from tests.quantised_models import Coded, coded, parts, quanto, rows, torchao
 from tests.samples import run, same_bits
@@ -90,6 +97,22 @@ def test_what_torchao_saves_is_loaded_with_its_names_converted(tmp_path: Path) -
         },
     )
     assert same_bits(run(model, x), run(source, x))
+
+
+@pytest.mark.parametrize("store", STORES.values(), ids=STORES)
+def test_what_is_saved_of_a_quantised_model_is_loaded_again(
+    tmp_path: Path, store: dict[str, Any]
+) -> None:
+    source, x = coded(), rows()
+    want = run(source, x)
+    with offloaded(source, _policy(**store)):
+        run(source, x)
+        save_model(source, tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == set(
+        _flat(source)
+    )
+    model = load_model(coded, tmp_path / "saved", _policy(**store))
+    assert same_bits(run(model, x), want)
 
 
 class Twice(nn.Module):

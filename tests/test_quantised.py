@@ -376,8 +376,10 @@ def test_a_wrapper_says_the_device_of_its_parts_once_all_are_there() -> None:
     wrapper.follow(there)
     assert weight.device == torch.device("cpu")
     weight.scale = Coded(codes, scale, there)
-    wrapper.follow(there)
+    with torch.inference_mode():
+        wrapper.follow(there)
     assert weight.device == there
+    assert not weight.is_inference()
     weight.codes, weight.scale = codes, scale
     wrapper.follow(torch.device("cpu"))
     assert weight.device == torch.device("cpu")
