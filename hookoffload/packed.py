@@ -73,25 +73,30 @@ class Wrapper:
         with torch._C.DisableTorchFunctionSubclass():
             if tensor.device == device:
                 return
-            parts = {name: getattr(tensor, name) for name in self._names}
-            if any(part.device != device for part in parts.values()):
+            if any(getattr(tensor, name).device != device for name in self._names):
                 return
-            face = self._faces.get(device)
-            if face is None:
-                # Only its metadata is taken, again and again: the parts go on moving.
-                with torch.inference_mode(False):
-                    face = self._faces[device] = rebuilt(tensor, parts)
-            tensor.data = face
+            with torch.inference_mode(False):  # inside it the class would be asked
+                face = self._faces.get(device)
+                if face is None:
+                    face = self._faces[device] = _face_of(tensor, device)
+                tensor.data = face  # what is in attributes stays
 
 
-def rebuilt(tensor: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return a wrapper like ``tensor`` around other parts."""
-    kind: Any = type(tensor)
-    context = kind.__tensor_flatten__(tensor)[1]
-    made: torch.Tensor = kind.__tensor_unflatten__(
-        parts, context, tensor.size(), tensor.stride()
+def _face_of(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return what a wrapper looks like on a device, without any parts.
+
+    The class itself is not asked: it may refuse parts that are only at rest there.
+    """
+    face: torch.Tensor = torch.Tensor._make_wrapper_subclass(
+        type(tensor),
+        tensor.size(),
+        strides=tensor.stride(),
+        storage_offset=tensor.storage_offset(),
+        dtype=tensor.dtype,
+        layout=tensor.layout,
+        device=device,
     )
-    return made
+    return face
 
 
 def with_parts(
@@ -101,9 +106,11 @@ def with_parts(
     if not is_wrapper(tensor):
         return parts[path]
     kind: Any = type(tensor)
-    names: list[str] = kind.__tensor_flatten__(tensor)[0]
+    names, context = kind.__tensor_flatten__(tensor)
     inner = {n: with_parts(getattr(tensor, n), parts, f"{path}.{n}") for n in names}
-    return rebuilt(tensor, inner)
+    size, stride = tensor.size(), tensor.stride()
+    made: torch.Tensor = kind.__tensor_unflatten__(inner, context, size, stride)
+    return made
 
 
 def parts_of(tensor: torch.Tensor, owner: nn.Module | None = None) -> Parts | None:
