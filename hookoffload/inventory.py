@@ -22,10 +22,12 @@ class Inventory:
 
     Attributes:
         has_packed: whether some are packed, see [Note: packed tensors].
+        holders: ids of what is registered.
     """
 
     def __init__(self) -> None:
         self.has_packed = False
+        self.holders: frozenset[int] = frozenset()
         self._managed: dict[int, tuple[Master, Member]] = {}
         self._tensors: list[torch.Tensor] = []
         # Where and how they lay when all was in order.
@@ -58,7 +60,9 @@ class Inventory:
         self._registries, self._registered = registries, list(_values(registries))
         self._filled = [registry for registry in registries if registry]
         self._managed, self._tensors = managed, tensors
-        self.has_packed = any(member.is_packed for _, member in managed.values())
+        members = [member for _, member in managed.values()]
+        self.has_packed = any(member.is_packed for member in members)
+        self.holders = frozenset(id(h) for member in members for h in member.holders)
 
     def forget(self) -> None:
         """Drop what refers to tensors."""

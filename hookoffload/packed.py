@@ -198,43 +198,42 @@ def _class_names(value: object) -> set[str]:
     return {f"{c.__module__}.{c.__qualname__}" for c in type(value).__mro__}
 
 
-def check_packing(
+def check_4_bit_linear(
     name: str, tensor: torch.Tensor, owner: nn.Module, device: torch.device
 ) -> None:
-    """Refuse a quantised weight whose class packs it otherwise where it computes.
+    """Refuse a weight of bitsandbytes that its first forward packs anew.
 
     Raises:
-        ValueError: It does.
+        ValueError: It does so on this CPU, or has done it.
     """
-    if _LINEAR_4BIT in _class_names(owner):
-        state = getattr(tensor, "quant_state", None)
-        packed = getattr(state, "packing_format_for_cpu", False)
-        packs = device.type == "cpu" and getattr(
-            owner, "support_avx512bf16_for_cpu", False
+    if _LINEAR_4BIT not in _class_names(owner):
+        return
+    state = getattr(tensor, "quant_state", None)
+    packed = getattr(state, "packing_format_for_cpu", False)
+    packs = device.type == "cpu" and getattr(owner, "support_avx512bf16_for_cpu", False)
+    if packed or packs:
+        raise ValueError(
+            f"{name}: bitsandbytes packs 4-bit weights anew for this CPU in their "
+            "first forward, behind which they could not be moved. Set "
+            "support_avx512bf16_for_cpu = False on every Linear4bit before the "
+            "model runs for the first time"
         )
-        if packed or packs:
-            raise ValueError(
-                f"{name}: bitsandbytes packs 4-bit weights anew for this CPU in their "
-                "first forward, behind which they could not be moved. Set "
-                "support_avx512bf16_for_cpu = False on every Linear4bit before the "
-                "model runs for the first time"
-            )
-        return
-    if not is_wrapper(tensor) or tensor.device.type == device.type:
-        return
+
+
+def why_repacked(tensor: torch.Tensor, device: torch.device) -> str | None:
+    """Return why a wrapper's bytes mean something else on a device; None if not.
+
+    Its class moves a copy of it, to show whether it only copies the bytes.
+    """
+    if tensor.device.type == device.type:
+        return None
     try:
         moved = tensor.detach().to(device)
     except Exception as error:
-        reason = f"which refuses to go there: {error}"
-    else:
-        if type(moved) is type(tensor) and _same_parts(moved, tensor):
-            return
-        reason = "which packs its bytes otherwise there"
-    raise ValueError(
-        f"{name} is a {type(tensor).__name__} on {tensor.device.type} and is to "
-        f"compute on {device.type}, {reason}. Quantise the model on {device.type}, and "
-        "attach it as it is then"
-    )
+        return f"which refuses to go there: {error}"
+    if type(moved) is type(tensor) and _same_parts(moved, tensor):
+        return None
+    return "which packs its bytes otherwise there"
 
 
 def _same_parts(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -6,14 +6,21 @@ Everything here only reads the model.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from .codec import is_castable
-from .packed import Wrapper, check_packing, gives_other_data, parts_of
+from .packed import (
+    Wrapper,
+    check_4_bit_linear,
+    gives_other_data,
+    is_wrapper,
+    parts_of,
+    why_repacked,
+)
 
 
 @dataclass
@@ -203,15 +210,50 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def check_packed(model: nn.Module, device: torch.device) -> None:
-    """Raise `ValueError` for what is packed for another device than the given one."""
-    seen: set[type] = set()
-    smallest_first = sorted(_registered(model), key=lambda entry: entry[2].numel())
-    for name, module, tensor, _ in smallest_first:
-        kind = type(tensor)
-        if kind not in seen and kind not in (torch.Tensor, nn.Parameter):
-            seen.add(kind)
-            check_packing(name, tensor, module, device)
+def check_packed(
+    model: nn.Module, device: torch.device, known: Container[int] = ()
+) -> None:
+    """Raise `ValueError` for what is packed for another device than the given one.
+
+    Args:
+        model: the model.
+        device: where it is to compute.
+        known: ids of tensors that were looked at before, and may rest elsewhere now.
+    """
+    for name, module, tensor, _ in _registered(model):
+        check_4_bit_linear(name, tensor, module, device)
+    for name, tensor in _one_of_each_wrapper(model, known):
+        reason = why_repacked(tensor, device)
+        if reason is not None:
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__} on {tensor.device.type} and is "
+                f"to compute on {device.type}, {reason}. Quantise the model on "
+                f"{device.type}, and attach it as it is then"
+            )
+
+
+def unreadable_at_rest(model: nn.Module) -> str | None:
+    """Return a description of a tensor whose class cannot read its bytes in RAM."""
+    for name, tensor in _one_of_each_wrapper(model, ()):
+        if why_repacked(tensor, torch.device("cpu")) is not None:
+            return f"{name}, a {type(tensor).__name__} packed for {tensor.device.type}"
+    return None
+
+
+def _one_of_each_wrapper(
+    model: nn.Module, known: Container[int]
+) -> list[tuple[str, torch.Tensor]]:
+    """List the smallest wrapper of each class and kind of device."""
+    found: dict[tuple[type, str], tuple[str, torch.Tensor]] = {}
+    for name, _, tensor, _ in _registered(model):
+        if type(tensor) in (torch.Tensor, nn.Parameter) or id(tensor) in known:
+            continue
+        if not is_wrapper(tensor):
+            continue
+        first = found.setdefault((type(tensor), tensor.device.type), (name, tensor))
+        if tensor.numel() < first[1].numel():
+            found[type(tensor), tensor.device.type] = name, tensor
+    return list(found.values())
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

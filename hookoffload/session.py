@@ -39,7 +39,7 @@ from .policy import ResolvedPolicy
 from .probe import Probe
 from .recorder import Recorder
 from .refusals import NotCopied, purge_hooks
-from .registered import check_tensors
+from .registered import check_packed, check_tensors, unreadable_at_rest
 from .root_hooks import RootHooks
 from .run_report import Report, make_report
 from .safetensors_file import TensorLocation
@@ -86,6 +86,8 @@ class Session(NotCopied):
         self.group = group
         self.policy = policy
         self.map = policy.module_map.for_model(model)
+        # Quantised for a device whose format their class cannot read in host RAM.
+        self.unreadable_at_rest = unreadable_at_rest(model)
         self._locations = locations
         # As little as possible is what the plan finds out, not a number to hold.
         if group is None:
@@ -444,6 +446,8 @@ class Session(NotCopied):
         self._untie()  # or one's new bytes would go to the others as well
         try:
             check_tensors(self.model)
+            known = self.inventory.holders
+            check_packed(self.model, self.policy.compute_device, known)
         except ValueError as error:
             raise RuntimeError(str(error)) from error
         self.passes.forget_bundles()

@@ -93,6 +93,12 @@ class StateHooks(NotCopied):
                 if calls.depth > 1 and not inside:
                     session.recover()
                 session.sync_masters()
+                if session.unreadable_at_rest is not None:
+                    raise RuntimeError(
+                        f"state_dict: {session.unreadable_at_rest}, waits in host RAM "
+                        f"while offload hooks are attached, where its class cannot "
+                        f"read it. Call {session.undo} first"
+                    )
                 if session.inventory.has_packed and calls.depth == 1:
                     # Their classes make entries of parts, from where these lie.
                     session.rest_everything()

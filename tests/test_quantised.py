@@ -23,6 +23,7 @@ from hookoffload import (
     offloaded,
 )
 from hookoffload.packed import Wrapper
+from hookoffload.registered import unreadable_at_rest
 from tests.quantised_models import (
     KINDS,
     WIDTH,
@@ -411,6 +412,27 @@ def test_a_weight_that_is_packed_for_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match=match):
         attach_offload_hooks(model, _policy())
     assert not model[0]._forward_pre_hooks
+
+
+def test_a_weight_that_its_class_cannot_read_in_ram_is_known_by_name() -> None:
+    model = linears()
+    assert unreadable_at_rest(model) is None
+    weight = Repacked(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4, 1), "cuda:0")
+    model[2].weight = nn.Parameter(weight, requires_grad=False)
+    assert unreadable_at_rest(model) == "2.weight, a Repacked packed for cuda"
+
+
+def test_a_replacement_that_is_packed_for_another_device_is_refused() -> None:
+    model, x = coded(), rows()
+    weight = Repacked(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4, 1), "cuda:0")
+    with offloaded(model, _policy(limit_gb=0)):
+        run(model, x)
+        kept = model[2].weight
+        model[2].weight = nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(RuntimeError, match=r"2\.weight is a Repacked on cuda"):
+            run(model, x)
+        model[2].weight = kept
+        run(model, x)
 
 
 class Remade(Coded):
