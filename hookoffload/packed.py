@@ -19,6 +19,7 @@ Other subclasses are refused: half of one would stay where it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -124,11 +125,11 @@ def parts_of(tensor: torch.Tensor, owner: nn.Module | None = None) -> Parts | No
         return Parts((tensor,))
     if is_wrapper(tensor):
         return _wrapped(tensor)
-    beside = next((_BESIDE[n] for n in _class_names(tensor) if n in _BESIDE), None)
-    if beside is None:
+    kinds = _class_names(tensor) & _BESIDE.keys()
+    if not kinds:
         return Parts((tensor,)) if is_movable(tensor) else None
     found = [tensor]
-    for name in beside:
+    for name in (name for kind in kinds for name in _BESIDE[kind]):
         found += _tensors_in(getattr(tensor, name, None))
     if _LINEAR_8BIT in _class_names(owner) and tensor.dtype is torch.int8:
         # Its first forward moves them there.
@@ -194,8 +195,14 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(part)
 
 
-def _class_names(value: object) -> set[str]:
-    return {f"{c.__module__}.{c.__qualname__}" for c in type(value).__mro__}
+def _class_names(value: object) -> frozenset[str]:
+    kind: Any = type(value)
+    return _names_of(kind)
+
+
+@lru_cache(maxsize=1024)  # asked about each tensor and its owner
+def _names_of(kind: type) -> frozenset[str]:
+    return frozenset(f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__)
 
 
 def check_4_bit_linear(
