@@ -192,6 +192,8 @@ class Escapes:
 
     def _is_transient(self, tensor: torch.Tensor) -> bool:
         overlaps = self._memory.overlaps_transient
+        if type(tensor) is torch.Tensor:  # nearly always, and asked in each hooked call
+            return overlaps(tensor.data_ptr())
         return any(overlaps(part.data_ptr()) for part in bytes_of(tensor))
 
     # -- gradients ------------------------------------------------------------------
