@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -11,7 +12,9 @@ from .assembly import Assembly, assemble
 from .budget import MemoryBudget
 from .gather import can_gather
 from .lossless import fused_decoder
-from .lossless_encoder import CODED_DTYPES, DEVICE_BYTES
+from .lossless_device import DEVICE_BYTES, DeviceEncoder
+from .lossless_encoder import CODED_DTYPES, ChunkEncoder
+from .lossless_host import HostEncoder
 from .lossless_layout import CodeLayout
 from .master import Master
 from .master_code import MasterCode
@@ -25,9 +28,8 @@ from .safetensors_file import TensorLocation
 # Less is not worth a launch of a decoder.
 LEAST_CODED_BYTES = 2**16
 
-# Weights and codes go through memory that is not page-locked, at what one core can
-# copy: several keep the link busy.
-_THREADS = 4
+# Behind so many, copies in host RAM and the link are what takes the time.
+_DEVICE_THREADS = 8
 
 
 def assemble_coded(
@@ -125,37 +127,52 @@ def renew_codes(
 def _encode(
     masters: list[Master], policy: ResolvedPolicy, budget: MemoryBudget
 ) -> None:
-    """Encode masters, on the device if it has room for that."""
+    """Encode masters by several threads, on the device if it has room for that."""
     if not masters:
         return
-    device, taken = policy.compute_device, DEVICE_BYTES * _THREADS
+    device, cores = policy.compute_device, torch.get_num_threads()
+    threads = min(cores, _DEVICE_THREADS) if device.type == "cuda" else 0
     # Who wants as little as possible there shall not find it full at attach.
-    on_device = policy.limit_bytes != 0 and budget.fits(taken)
-    total = sum(master.plain_bytes for master in masters)
-    with progress_bar("encoding weights", total) as bar:
-        if device.type != "cuda" or not on_device:
-            for master in masters:
-                master.encode()
-                bar.update(master.plain_bytes)
-        else:
-            budget.reserve("encoding", taken)
-            try:
-                with ThreadPoolExecutor(_THREADS) as pool:
-                    encode = partial(_encode_on_stream, device=device)
-                    for nbytes in pool.map(encode, masters):
-                        bar.update(nbytes)
-            finally:
-                torch.cuda.empty_cache()  # no other stream can use what these took
-                budget.release("encoding", taken)
+    if policy.limit_bytes == 0:
+        threads = 0
+    while threads and not budget.fits(DEVICE_BYTES * threads):
+        threads -= 1
+    if threads:
+        taken = DEVICE_BYTES * threads
+        budget.reserve("encoding", taken)
+        try:
+            _encode_in_threads(masters, threads, partial(DeviceEncoder, device))
+        finally:
+            torch.cuda.empty_cache()  # no other stream can use what these took
+            budget.release("encoding", taken)
+    else:
+        _encode_in_threads(masters, cores, HostEncoder)
     if device.type == "cuda":
         fused_decoder(device)  # compiled now rather than in the first forward
 
 
-def _encode_on_stream(master: Master, device: torch.device) -> int:
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        # The weights themselves may lie on the device, and be barely there.
-        stream.wait_stream(torch.cuda.default_stream())
-        with torch.cuda.stream(stream):
-            master.encode(device)
-    return master.plain_bytes
+def _encode_in_threads(
+    masters: list[Master], threads: int, make_encoder: Callable[[], ChunkEncoder]
+) -> None:
+    idle: list[ChunkEncoder] = []
+
+    def encode(master: Master) -> int:
+        try:
+            encoder = idle.pop()
+        except IndexError:
+            encoder = make_encoder()
+        master.encode(encoder)
+        idle.append(encoder)
+        return master.plain_bytes
+
+    # The largest first, so that all threads end at about the same time.
+    ordered = sorted(masters, key=lambda master: -master.plain_bytes)
+    total = sum(master.plain_bytes for master in masters)
+    with progress_bar("encoding weights", total) as bar:
+        if threads == 1 or len(masters) == 1:
+            for master in ordered:
+                bar.update(encode(master))
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for nbytes in pool.map(encode, ordered):
+                bar.update(nbytes)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .lossless_decoder import decode_in_torch
-from .lossless_encoder import Reader, encode_values
+from .lossless_device import DeviceEncoder
+from .lossless_encoder import ChunkEncoder, Reader, encode_values
+from .lossless_host import HostEncoder
 from .lossless_layout import SEGMENT, CodeLayout
 
 if TYPE_CHECKING:
@@ -61,11 +63,12 @@ def encode(values: torch.Tensor, device: torch.device = _CPU) -> Coded | None:
         True
     """
     flat = values.detach().reshape(-1)
-    return encode_from(lambda a, b: flat[a:b], flat.numel(), flat.dtype, device)
+    encoder = HostEncoder() if device.type == "cpu" else DeviceEncoder(device)
+    return encode_from(lambda a, b: flat[a:b], flat.numel(), flat.dtype, encoder)
 
 
 def encode_from(
-    read: Reader, count: int, dtype: torch.dtype, device: torch.device = _CPU
+    read: Reader, count: int, dtype: torch.dtype, encoder: ChunkEncoder
 ) -> Coded | None:
     """Encode values that lie elsewhere, a few MiB at a time.
 
@@ -73,9 +76,9 @@ def encode_from(
         read: returns the values from one index to another, as a flat tensor.
         count: values.
         dtype: their dtype.
-        device: where to encode.
+        encoder: what encodes them.
     """
-    found = encode_values(read, count, dtype, device)
+    found = encode_values(read, count, dtype, encoder)
     return None if found is None else Coded(*found)
 
 

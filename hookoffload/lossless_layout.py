@@ -9,7 +9,7 @@ and 4 bits of exponent a value, 12 bits instead of 16, and gives every bit back.
 * *Codes.* A tensor has one *base*, from 0 to 240. Code 0 stands for exponent 0 (zeros
   of both signs and subnormals), code c of 1 to 15 for exponent ``base + c``.
 * *Patches.* A value with another exponent is kept whole, as its index and its upper
-  16 bits, and written over what its code gave.
+  16 bits, and written over what its code gave. That code is 0.
 * *fp32.* Its upper 16 bits are what bf16 has, and are coded like it. The lower 16,
   mantissa, stay as they are: 28 bits instead of 32.
 * fp16 has 5 bits of exponent, of which codes save one. That is 6% at best and not

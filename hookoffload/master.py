@@ -27,7 +27,8 @@ import torch
 
 from .codec import Codec, is_movable
 from .lossless import encode_from
-from .lossless_encoder import Reader
+from .lossless_encoder import ChunkEncoder, Reader
+from .lossless_host import HostEncoder
 from .master_code import MasterCode
 from .registered import ManagedTensor, TensorGroup, span
 from .safetensors_file import TensorLocation
@@ -186,16 +187,16 @@ class Master:
         else:
             destination.copy_(self.bytes[start : start + destination.numel()])
 
-    def encode(self, device: torch.device = CPU) -> None:
+    def encode(self, encoder: ChunkEncoder) -> None:
         """Have a code of the bytes as they are now, if they would shrink by it.
 
         Args:
-            device: where to encode.
+            encoder: what encodes them.
         """
         if self.code is not None:
-            self.renew_code(device)
+            self.renew_code(encoder)
             return
-        coded = encode_from(self._reader(), self.count, self.flat.dtype, device)
+        coded = encode_from(self._reader(), self.count, self.flat.dtype, encoder)
         if coded is not None:
             self.code_as(MasterCode.of(coded, self.revision))
 
@@ -209,10 +210,14 @@ class Master:
         self.codec = replace(self.codec, coded=True)
         self.code, self.bytes = code, code.data
 
-    def renew_code(self, device: torch.device = CPU) -> None:
-        """Encode again what was written to since."""
+    def renew_code(self, encoder: ChunkEncoder | None = None) -> None:
+        """Encode again what was written to since.
+
+        Args:
+            encoder: what encodes it; default: this thread.
+        """
         if self.code is not None and self.has_old_code:
-            self.code.renew(self._reader(), self.revision, device)
+            self.code.renew(self._reader(), self.revision, encoder or HostEncoder())
             self.bytes = self.code.data
 
     def drop_code(self) -> None:

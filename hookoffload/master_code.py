@@ -22,7 +22,7 @@ import torch
 
 from .host_memory import empty_pages
 from .lossless import Coded, decode, encode_from
-from .lossless_encoder import Reader
+from .lossless_encoder import ChunkEncoder, Reader
 from .lossless_layout import BYTES_PER_PATCH, CodeLayout
 
 # Edited weights have other rare exponents than before, though not many more.
@@ -55,15 +55,15 @@ class MasterCode:
         code.data = coded.buffer[: code.nbytes]
         return code
 
-    def renew(self, read: Reader, revision: int, device: torch.device) -> None:
+    def renew(self, read: Reader, revision: int, encoder: ChunkEncoder) -> None:
         """Encode other values of the same count into the same bytes.
 
         Args:
             read: returns values by their indices.
             revision: of the master that they are.
-            device: where to encode.
+            encoder: what encodes them.
         """
-        coded = encode_from(read, self.layout.count, self.layout.dtype, device)
+        coded = encode_from(read, self.layout.count, self.layout.dtype, encoder)
         self.fits = coded is not None and coded.layout.nbytes <= self.nbytes
         if not self.data.numel():
             with torch.inference_mode(False):  # it is written to outside as well

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hookoffload.lossless import Coded, decode, encode
+from hookoffload.lossless import Coded, decode, encode, encode_from
+from hookoffload.lossless_device import DeviceEncoder
 from hookoffload.lossless_layout import BLOCK, halves, words
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -34,6 +35,16 @@ def assert_same(values: torch.Tensor, coded: Coded | None) -> None:
     assert coded is not None
     bits = BITS[values.dtype]
     assert torch.equal(decoded(coded).view(bits), values.reshape(-1).view(bits))
+
+
+def assert_device_agrees(values: torch.Tensor, coded: Coded | None) -> None:
+    """What accelerators run gives the same bytes; it is plain PyTorch."""
+    flat, encoder = values.reshape(-1), DeviceEncoder(torch.device("cpu"))
+    other = encode_from(lambda a, b: flat[a:b], flat.numel(), flat.dtype, encoder)
+    assert (coded is None) == (other is None)
+    if coded is not None and other is not None:
+        assert coded.layout == other.layout
+        assert torch.equal(coded.data, other.data)
 
 
 def of_bits(bits: torch.Tensor) -> torch.Tensor:
@@ -59,6 +70,8 @@ def test_every_bf16_value_is_coded_right_in_every_position(lowest: int) -> None:
     coded = encode(in_every_position)
     assert coded is not None and coded.layout.patches == 0
     assert_same(in_every_position, coded)
+    if lowest % 60 == 1:
+        assert_device_agrees(in_every_position, coded)
 
 
 def test_every_bf16_value_is_patched_right() -> None:
@@ -67,7 +80,9 @@ def test_every_bf16_value_is_patched_right() -> None:
         foreign = all_bf16()[shift::16]
         values = torch.randn(foreign.numel() * 32).to(BF16)
         values[31::32] = foreign
-        assert_same(values, encode(values))
+        coded = encode(values)
+        assert_same(values, coded)
+        assert_device_agrees(values, coded)
 
 
 def test_patches_are_right_in_every_position() -> None:
@@ -75,7 +90,9 @@ def test_patches_are_right_in_every_position() -> None:
     for dtype in (BF16, FP32):
         values = torch.randn(33 * BLOCK).to(dtype)
         values[::33] = float("inf")
-        assert_same(values, encode(values))
+        coded = encode(values)
+        assert_same(values, coded)
+        assert_device_agrees(values, coded)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -98,6 +115,7 @@ def test_any_bits_in_any_number_come_back(dtype: torch.dtype, data: object) -> N
         for place, pattern in draw(st.dictionaries(places, patterns)).items():
             bits[place] = pattern
     coded = encode(values)
+    assert_device_agrees(values, coded)
     if coded is not None:
         assert coded.data.numel() == coded.layout.nbytes < values.nbytes
         assert_same(values, coded)
@@ -111,13 +129,17 @@ def test_an_odd_number_of_values_far_into_other_memory_comes_back(
     for start in (0, 1):
         for count in (33 * BLOCK, 33 * BLOCK - 1, 32 * BLOCK + 1):
             values = memory[start : start + count]
-            assert_same(values, encode(values))
+            coded = encode(values)
+            assert_same(values, coded)
+            assert_device_agrees(values, coded)
 
 
 def test_a_tensor_larger_than_a_chunk_comes_back() -> None:
     values = torch.randn(5 * 2**20 + 77).to(BF16)
     values[2**20 - 1 :: 99_991] = float("nan")
-    assert_same(values, encode(values))
+    coded = encode(values)
+    assert_same(values, coded)
+    assert_device_agrees(values, coded)
 
 
 def test_more_patches_than_the_sample_shows_come_back() -> None:

@@ -10,14 +10,20 @@ ratios and the speeds of the CPU are shown. Takes less than a minute and 6 GB of
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 
-from hookoffload.lossless import Coded, decode, encode
+from hookoffload.lossless import Coded, decode, encode, encode_from
 from hookoffload.lossless_decoder import decode_in_torch
+from hookoffload.lossless_device import DeviceEncoder
+from hookoffload.lossless_encoder import ChunkEncoder
+from hookoffload.lossless_host import HostEncoder
 
 BF16, FP32 = torch.bfloat16, torch.float32
 BITS = {BF16: torch.int16, FP32: torch.int32}
@@ -34,6 +40,7 @@ def main() -> None:
     torch.manual_seed(0)
     print_ratios()
     print_cpu()
+    print_encoding("cpu", HostEncoder)
     if not torch.cuda.is_available():
         print("no CUDA device: the kernel is not timed")
         return
@@ -41,7 +48,7 @@ def main() -> None:
     check_kernel()
     for mib in sizes:
         print_kernel(mib * 2**20)
-    print_device_encoder(max(sizes) * 2**20)
+    print_encoding("gpu", lambda: DeviceEncoder(GPU))
 
 
 def samples(count: int) -> dict[str, torch.Tensor]:
@@ -163,12 +170,23 @@ def print_kernel(nbytes: int) -> None:
     print(f"       a launch takes the host {launch * 1e6:.1f} us")
 
 
-def print_device_encoder(nbytes: int) -> None:
-    """Prints how fast weights in host RAM are encoded on the device."""
-    values = torch.randn(nbytes // 2, dtype=BF16, device=GPU).cpu()
-    for name, source in (("pageable", values), ("page-locked", values.pin_memory())):
-        taken, _ = seconds(lambda source=source: encode(source, GPU), 2)
-        print(f"encode {name} on the device: {gb_per_second(values, taken)}")
+def print_encoding(where: str, make_encoder: Callable[[], ChunkEncoder]) -> None:
+    """Prints how fast weights in host RAM are encoded, by threads side by side."""
+    weights = [(torch.randn(2**23) * 0.02).to(BF16) for _ in range(8)]
+    cores = os.cpu_count() or 1
+
+    def work(weight: torch.Tensor, encoder: ChunkEncoder) -> None:
+        for _ in range(4):
+            encode_from(lambda a, b: weight[a:b], weight.numel(), BF16, encoder)
+
+    for threads in [n for n in (1, 2, 4, 8, 16) if n <= cores]:
+        chosen = [weights[i % len(weights)] for i in range(threads)]
+        encoders = [make_encoder() for _ in chosen]
+        with ThreadPoolExecutor(threads) as pool:
+            run = partial(pool.map, work, chosen, encoders)
+            taken, _ = seconds(lambda run=run: list(run()), 2)
+        nbytes = 4 * sum(weight.nbytes for weight in chosen)
+        print(f"encode {where} {threads:2} threads: {nbytes / taken / 1e9:.2f} GB/s")
 
 
 def on_gpu(nbytes: int) -> Coded:
