@@ -175,12 +175,12 @@ def _host_tier(
     room = host_bytes_left(
         specs, policy.host_limit_bytes - waiting_before, policy.compute_device.type
     )
-    looked_up = _looked_up(found)
+    looked_up = only_looked_up(found)
     order = [index for index in range(len(specs)) if index not in looked_up]
     return host_tier(specs, order, room)
 
 
-def _looked_up(found: Partition) -> set[int]:
+def only_looked_up(found: Partition) -> set[int]:
     """List the layers that only embeddings need, which look rows up in the master."""
     moved = {
         index

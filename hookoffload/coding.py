@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
+from torch import nn
 
-from .assembly import Assembly, assemble
-from .budget import MemoryBudget
+from .assembly import Assembly, assemble, only_looked_up
+from .budget import BudgetExceededError, MemoryBudget
 from .gather import can_gather
 from .lossless import fused_decoder
 from .lossless_device import DEVICE_BYTES, DeviceEncoder
@@ -53,25 +54,32 @@ def assemble_coded(
     Raises:
         BudgetExceededError: The limit is below the least that the layers need.
     """
+    wanted: set[int] | None = None
+    tables_only: frozenset[int] = frozenset()
     if policy.codec != "lossless" or not can_code(policy):
         assembly = assemble(found, policy, locations, known)
         if policy.codec is None or not can_code(policy):
             return assembly
         order = tuple(sorted(assembly.moving))
-        planner.set_assembly(assembly, order, frozenset())
+        tables_only = frozenset(only_looked_up(found))
+        planner.set_assembly(assembly, order, tables_only)
         if not codes_pay(policy, planner.plan):
             return assembly
         known = assembly.masters
-    tables = {
-        id(site.module._parameters.get("weight"))
-        for site in found.sites
-        if can_gather(site.module)
-    }
+        if budget is not None:  # see [Note: what "auto" codes]
+            streamed = (assembly.layers[index] for index in planner.plan.streamed)
+            masters = (master for layer in streamed for master in layer.masters)
+            wanted = {id(m) for m in masters if m.location is not None}
+            if not wanted:
+                return assembly
+    tables = looked_up(site.module for site in found.sites)
 
     def prepare(masters: list[Master]) -> None:
-        chosen = [m for m in masters if m.code is None and _pays(m, tables)]
+        chosen = [m for m in masters if m.code is None and can_pay(m, tables)]
+        if wanted is not None:
+            chosen = [master for master in chosen if id(master) in wanted]
         if budget is not None:
-            _encode(chosen, policy, budget)
+            _encode(chosen, policy, budget, Master.encode)
             return
         for master in chosen:
             code = foreseen(master.count, master.codec.rest)
@@ -79,7 +87,23 @@ def assemble_coded(
                 master.code_as(code)
 
     with torch.inference_mode(False):
-        return assemble(found, policy, locations, known, prepare)
+        coded = assemble(found, policy, locations, known, prepare)
+    if wanted is not None and not _fits(coded, tables_only, planner):
+        for master in coded.moved_masters:
+            master.forget_code()
+        coded = assemble(found, policy, locations, known)
+    return coded
+
+
+def _fits(
+    assembly: Assembly, tables_only: frozenset[int], planner: PassPlanner
+) -> bool:
+    """Tell whether the limit has room for what layers are decoded into."""
+    try:
+        planner.set_assembly(assembly, tuple(sorted(assembly.moving)), tables_only)
+    except BudgetExceededError:
+        return False
+    return True
 
 
 def foreseen(count: int, dtype: torch.dtype) -> MasterCode | None:
@@ -103,29 +127,73 @@ def codes_pay(policy: ResolvedPolicy, plan: Plan) -> bool:
         plan: the plan without codes. If it copies nothing over a link in each pass,
             codes would only have to be decoded.
     """
-    link = policy.compute_device.type != "cpu" and plan.pass_bytes > 0
-    return policy.codec == "auto" and link
+    return policy.codec == "auto" and has_link(policy) and plan.pass_bytes > 0
 
 
-def _pays(master: Master, tables: set[int]) -> bool:
+def has_link(policy: ResolvedPolicy) -> bool:
+    """Tell whether weights that wait cross a link to where they compute."""
+    return can_code(policy) and policy.compute_device.type != "cpu"
+
+
+def looked_up(modules: Iterable[nn.Module]) -> frozenset[int]:
+    """Return the ids of the tables whose rows are looked up where they rest."""
+    return frozenset(
+        id(module._parameters.get("weight")) for module in modules if can_gather(module)
+    )
+
+
+def expected_bytes(master: Master) -> int:
+    """Return what a code of a master will take."""
+    code = foreseen(master.count, master.codec.rest)
+    return master.plain_bytes if code is None else code.nbytes
+
+
+def can_pay(master: Master, tables: frozenset[int]) -> bool:
+    """Tell whether a master may be coded, and is worth it.
+
+    Args:
+        master: the master.
+        tables: see `looked_up`.
+    """
     codec = master.codec
     one_dtype = codec.rest == codec.compute == codec.resident == master.flat.dtype
     if not (master.castable and one_dtype and codec.rest in CODED_DTYPES):
         return False
-    # Rows of tables are looked up where they rest.
-    looked_up = any(id(member.tensor) in tables for member in master.members)
-    return master.plain_bytes >= LEAST_CODED_BYTES and not looked_up
+    is_table = any(id(member.tensor) in tables for member in master.members)
+    return master.plain_bytes >= LEAST_CODED_BYTES and not is_table
 
 
 def renew_codes(
     masters: list[Master], policy: ResolvedPolicy, budget: MemoryBudget
 ) -> None:
     """Encode again what was dropped, doubted or written to."""
-    _encode([m for m in masters if m.has_old_code], policy, budget)
+    _encode([m for m in masters if m.has_old_code], policy, budget, Master.encode)
+
+
+def make_codes(
+    masters: list[Master], policy: ResolvedPolicy, budget: MemoryBudget
+) -> list[tuple[Master, MasterCode]]:
+    """Encode masters without giving them their codes; those that would not shrink go.
+
+    Layers have to be made anew when masters get codes: behind an interrupt here,
+    everything is as before.
+    """
+    made: list[tuple[Master, MasterCode]] = []
+
+    def make(master: Master, encoder: ChunkEncoder) -> None:
+        code = master.make_code(encoder)
+        if code is not None:
+            made.append((master, code))
+
+    _encode(masters, policy, budget, make)
+    return made
 
 
 def _encode(
-    masters: list[Master], policy: ResolvedPolicy, budget: MemoryBudget
+    masters: list[Master],
+    policy: ResolvedPolicy,
+    budget: MemoryBudget,
+    work: Callable[[Master, ChunkEncoder], None],
 ) -> None:
     """Encode masters by several threads, on the device if it has room for that."""
     if not masters:
@@ -141,18 +209,22 @@ def _encode(
         taken = DEVICE_BYTES * threads
         budget.reserve("encoding", taken)
         try:
-            _encode_in_threads(masters, threads, partial(DeviceEncoder, device))
+            make = partial(DeviceEncoder, device)
+            _encode_in_threads(masters, threads, make, work)
         finally:
             torch.cuda.empty_cache()  # no other stream can use what these took
             budget.release("encoding", taken)
     else:
-        _encode_in_threads(masters, cores, HostEncoder)
+        _encode_in_threads(masters, cores, HostEncoder, work)
     if device.type == "cuda":
         fused_decoder(device)  # compiled now rather than in the first forward
 
 
 def _encode_in_threads(
-    masters: list[Master], threads: int, make_encoder: Callable[[], ChunkEncoder]
+    masters: list[Master],
+    threads: int,
+    make_encoder: Callable[[], ChunkEncoder],
+    work: Callable[[Master, ChunkEncoder], None],
 ) -> None:
     idle: list[ChunkEncoder] = []
 
@@ -161,7 +233,7 @@ def _encode_in_threads(
             encoder = idle.pop()
         except IndexError:
             encoder = make_encoder()
-        master.encode(encoder)
+        work(master, encoder)
         idle.append(encoder)
         return master.plain_bytes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
+
+_TIMES = 4  # that something is done to know how long it takes
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,39 @@ def decode(layout: CodeLayout, coded: torch.Tensor, output: torch.Tensor) -> Non
             fused(layout, coded, output)
     else:
         decode_in_torch(layout, coded, output)
+
+
+@cache
+def decode_seconds(device: torch.device, nbytes: int) -> float:
+    """Measure how long a decoded byte takes on a device.
+
+    Args:
+        device: the device, on which less than twice the bytes are taken.
+        nbytes: bytes to decode.
+    """
+    count = nbytes // 2
+    layout = CodeLayout(dtype=torch.bfloat16, count=count, base=1, patches=0)
+    with torch.inference_mode(False):
+        coded = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+        output = torch.empty(layout.count, dtype=layout.dtype, device=device)
+    return seconds_of(lambda: decode(layout, coded, output), device) / output.nbytes
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the least seconds that work takes on a device, of a few times."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    least = float("inf")
+    for _ in range(_TIMES):
+        wait()
+        began = time.perf_counter()
+        work()
+        wait()
+        least = min(least, time.perf_counter() - began)
+    return least
 
 
 @cache

@@ -167,6 +167,12 @@ class Master:
         # What moves as bytes has the codec of its first member only.
         return self.count * (1 if self.mixed else self.codec.rest.itemsize)
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in host RAM: of those at rest, if they lie there, and of a code."""
+        at_rest = self.plain_bytes if self.location is None else 0
+        return at_rest + (0 if self.code is None else self.code.data.numel())
+
     def is_of(self, group: TensorGroup) -> bool:
         """Tell whether the members are the tensor objects of a group."""
         mine = {id(member.tensor) for member in self.members}
@@ -196,9 +202,18 @@ class Master:
         if self.code is not None:
             self.renew_code(encoder)
             return
+        code = self.make_code(encoder)
+        if code is not None:
+            self.code_as(code)
+
+    def make_code(self, encoder: ChunkEncoder) -> MasterCode | None:
+        """Return a code of the bytes as they are now; None if they would not shrink.
+
+        Args:
+            encoder: what encodes them.
+        """
         coded = encode_from(self._reader(), self.count, self.flat.dtype, encoder)
-        if coded is not None:
-            self.code_as(MasterCode.of(coded, self.revision))
+        return None if coded is None else MasterCode.of(coded, self.revision)
 
     @property
     def has_old_code(self) -> bool:

@@ -75,6 +75,10 @@ class Passes:
                 master.check_same(member)
             session.sync_masters()
         session.take_over_writes()
+        measured = session.meter.take()
+        if measured is not None and measured.waits:
+            with torch.inference_mode(False):
+                session.code_by(measured)
         session.begin_outermost_call()
         if session.group is not None:
             session.group.note(session, "")
@@ -100,6 +104,7 @@ class Passes:
         if torch.is_autocast_enabled(session.policy.compute_device.type):
             # It would keep a cast copy of every weight, beyond any limit.
             torch.set_autocast_cache_enabled(False)
+        session.meter.begin()
         if session.probe is not None:
             session.probe.begin()
         return inputs
@@ -126,6 +131,7 @@ class Passes:
     def end(self, *, complete: bool) -> None:
         """Account for the forward that has ended."""
         session = self._session
+        session.meter.end(complete=complete)
         joined: list[tuple[str, str]] = []
         enclosing: Mapping[str, frozenset[str]] = {}
         torch.set_autocast_cache_enabled(self._autocast_cache)

@@ -51,11 +51,11 @@ class PageLock:
         "__weakref__",
         "_cap",
         "_device",
-        "_held",
+        "_locked",
         "_moved",
-        "_ranges",
         "_release",
         "_sharing",
+        "_users",
         "_warned",
         "locked_bytes",
     )
@@ -70,13 +70,14 @@ class PageLock:
         self._sharing.append(self)
         self._device = device
         self._cap = cap_bytes
-        self._held: list[torch.Tensor] = []
-        self._ranges: list[int] = []
+        # By where a range starts: what lies in it; how long it is, and whose.
+        self._locked: dict[int, list[torch.Tensor]] = {}
+        self._users: dict[int, tuple[int, list[Master]]] = {}
         self._moved: list[Master] = []  # into slabs
         self._warned = False
         self.locked_bytes = 0
         # Also when a model is dropped without detach.
-        self._release = weakref.finalize(self, _unlock, self._ranges, self._held)
+        self._release = weakref.finalize(self, _unlock, self._locked)
 
     def lock(self, masters: Sequence[Master]) -> None:
         """Lock masters in host RAM; those left out are spread evenly over the list."""
@@ -106,10 +107,10 @@ class PageLock:
                 if not _register(start, end - start, self._device):
                     refused += nbytes
                     continue
-                self._ranges.append(start)
+                self._locked[start] = [master.bytes for master in members]
+                self._users[start] = (end - start, members)
                 self.locked_bytes += end - start
                 for master in members:
-                    self._held.append(master.bytes)
                     master.pinned = True
         left = total - chosen_bytes + refused
         if left and not self._warned:  # weights may come from disk many times
@@ -129,12 +130,28 @@ class PageLock:
         """
         for master in masters:
             master.pinned = False
-        _unlock(self._ranges, self._held)
+        _unlock(self._locked)
+        self._users = {}
         self.locked_bytes = 0
         for master in self._moved:
             if master.in_ram:
                 master.become(master.flat.clone(), None)
         self._moved = []
+
+    def unlock_coded(self, masters: Iterable[Master]) -> None:
+        """Unlock the weights of masters of which codes are copied from now on.
+
+        They must be at rest. What shares a locked range with others stays locked.
+        """
+        coded = set(masters)
+        for master in coded:
+            master.pinned = False
+        for start, (nbytes, users) in list(self._users.items()):
+            if not coded.issuperset(users):
+                continue
+            torch.cuda.cudart().cudaHostUnregister(start)
+            del self._locked[start], self._users[start]
+            self.locked_bytes -= nbytes
 
 
 def _has_own_pages(flat: torch.Tensor, maps: set[int]) -> bool:
@@ -285,10 +302,9 @@ def _forget_last_error(device: torch.device) -> None:
         logger.debug("page-locking was refused: %s", error)
 
 
-def _unlock(ranges: list[int], held: list[torch.Tensor]) -> None:
-    if ranges:
+def _unlock(locked: dict[int, list[torch.Tensor]]) -> None:
+    if locked:
         runtime = torch.cuda.cudart()
-        for start in ranges:
+        for start in locked:
             runtime.cudaHostUnregister(start)
-    ranges.clear()
-    held.clear()
+    locked.clear()

@@ -146,8 +146,9 @@ class OffloadPolicy:
         codec: "lossless" codes bf16 weights that wait in host RAM in 12 bits (fp32 in
             28) and decodes them on the compute device, bit for bit: a quarter less to
             copy. Those of `load_model` take a quarter less RAM as well; a tensor that
-            is in RAM at attach stays there, beside its code. "auto" does so only where
-            something is copied to an accelerator in each pass.
+            is in RAM at attach stays there, beside its code. "auto" measures a forward,
+            and does so for as many streamed layers as the link has too little time
+            for; of `load_model`, for all that stream.
 
     Raises:
         ValueError: A value is not legal, or two of them contradict each other.

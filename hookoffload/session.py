@@ -17,7 +17,8 @@ from .adapters import Adapters
 from .always import AlwaysResident
 from .budget import BudgetExceededError, MemoryBudget
 from .calls import CallTracker, TurnTaker, calls_under_way
-from .coding import assemble_coded, renew_codes
+from .code_choice import MeasuredPass, PassMeter, choose_masters, streamed_raw
+from .coding import assemble_coded, looked_up, make_codes, renew_codes
 from .containers import map_tensors
 from .entry_site import EntrySite
 from .escapes import Escapes
@@ -99,6 +100,7 @@ class Session(NotCopied):
         self.mover.copies.recorder = self.recorder
         self.mover.copies.host_limit_bytes = policy.host_limit_bytes
         self.planner = PassPlanner(policy, self.budget, self.mover.memory)
+        self.meter = PassMeter(policy, self.mover)
         self.probe: Probe | None = None
         self.onloaded = False
         # Whether masters were moved to the onload placement, also while the device has
@@ -496,6 +498,34 @@ class Session(NotCopied):
     def _adopt_buffers(masters: list[Master]) -> None:
         """Have buffers rest in host RAM: they are small, and forwards write to them."""
         Store([], None).adopt(masters, Placement(device="cpu"))
+
+    def code_by(self, measured: MeasuredPass) -> None:
+        """Have the layers coded for which a measured pass says that it pays."""
+        policy, budget = self.policy, self.budget
+        tables = looked_up(self.model.modules())
+        codable = streamed_raw(self.plan, self.layers, tables)
+        if not codable:
+            return
+        self.mover.drop_all()
+        device = policy.compute_device
+        chosen = choose_masters(measured, self.plan, codable, device, budget)
+        made = make_codes(chosen, policy, budget)
+        if not made:
+            return
+        try:
+            for master, code in made:
+                master.code_as(code)
+            self.rebuild()
+        except BaseException as error:
+            for master, _ in made:
+                master.forget_code()
+            self.rebuild()
+            if not isinstance(error, BudgetExceededError):
+                raise
+            logger.info("the limit has no room to decode into: %s", error)
+            return
+        self._page_lock.unlock_coded(master for master, _ in made)
+        self._page_lock.lock(self.store.masters)
 
     def rebuild(self) -> None:
         """Make layers and sites anew, from the model as it is now."""

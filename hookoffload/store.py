@@ -198,8 +198,8 @@ class Store:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the masters in host RAM."""
-        return sum(master.nbytes for master in self.masters if master.in_ram)
+        """Bytes of the masters in host RAM, and of their codes."""
+        return sum(master.host_bytes for master in self.masters)
 
     @property
     def disk_bytes(self) -> int:

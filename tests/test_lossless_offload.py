@@ -430,14 +430,6 @@ def test_auto_does_not_code_where_nothing_is_copied(model: Model) -> None:
     assert ho.offload_stats(model).decoded_bytes == 0
 
 
-@pytest.mark.gpu
-def test_auto_codes_where_something_streams(model: Model, ids: torch.Tensor) -> None:
-    for limit, coded in ((None, False), (2**30, False), (4 * LAYER_BYTES, True)):
-        ho.attach_offload_hooks(model, policy("cuda", limit, codec="auto"))
-        assert bool(ho.offload_stats(model).decoded_bytes) == coded
-        ho.detach(model)
-
-
 def test_plans_foresee_codes(model: Model, tmp_path: Path) -> None:
     checkpoint = tmp_path / "model.safetensors"
     save_file(model.state_dict(), checkpoint)
