@@ -62,6 +62,19 @@ class ConversionCache:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         default = Path(base) / "hookoffload" / "converted"
         self.folder = Path(default if folder is None else folder).expanduser()
+        self.used_temporary_folder = False
+
+    def kept(
+        self, maker: str, sources: Locations, files: Sequence[Path]
+    ) -> dict[str, TensorLocation] | None:
+        """Return what `converted` would find without making it, None if nothing.
+
+        Args:
+            maker: the digest of what converts.
+            sources: the checkpoint's tensors that results may lie in.
+            files: the checkpoint's files.
+        """
+        return _open(self.folder / _key(maker, sources, _states(files)), sources)
 
     def converted(
         self,
@@ -70,6 +83,8 @@ class ConversionCache:
         sources: Locations,
         files: Sequence[Path],
         write: Callable[[EntryWriter], object],
+        *,
+        temporary: bool = True,
     ) -> dict[str, TensorLocation]:
         """Return a converted checkpoint: from the cache, or made now.
 
@@ -80,6 +95,8 @@ class ConversionCache:
             sources: the checkpoint's tensors that results may lie in.
             files: the checkpoint's files.
             write: makes the result.
+            temporary: where it cannot be kept, make it in a temporary folder; or do
+                nothing.
 
         Raises:
             CheckpointError: The disk is full, or a file changed meanwhile.
@@ -101,6 +118,7 @@ class ConversionCache:
 
         if maker is None:
             logger.info("%s cannot be recognised: what it computes is not kept", what)
+            self.used_temporary_folder = True
             return _in_temporary_folder(make, sources)
         key = _key(maker, sources, before)
         entry = self.folder / key
@@ -118,6 +136,9 @@ class ConversionCache:
                     f"there, or {ELSEWHERE}."
                 ) from error
             _warn_of_folder(self.folder, str(error.strerror))
+            if not temporary:
+                return {}
+            self.used_temporary_folder = True
             return _in_temporary_folder(make, sources)
         try:
             return self._made_by_one(entry, unfinished, sources, make)

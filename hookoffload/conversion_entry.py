@@ -68,6 +68,7 @@ class EntryWriter:
         self._table: dict[str, dict[str, Any]] = {}
         self._waiting: dict[str, Source] = {}
         self._waiting_bytes = 0
+        self._metadata: dict[str, str] = {}
         self._shards = 0
 
     def keep(self, name: str, source: str, location: TensorLocation, at: int) -> None:
@@ -87,12 +88,24 @@ class EntryWriter:
             "start": location.offset - at,
         }
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor; it is written at the latest by `finish`."""
+    def add(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take a tensor; it is written at the latest by `finish`.
+
+        Args:
+            name: its name.
+            tensor: the tensor.
+            metadata: text for the header of the file that it will be in.
+        """
         if self._waiting and self._waiting_bytes + tensor.nbytes > _SHARD:
             self.flush()
         self._waiting[name] = Source(tensor, tensor.dtype)
         self._waiting_bytes += tensor.nbytes
+        self._metadata.update(metadata or {})
 
     def repeat(self, name: str, other: str) -> None:
         """Give a tensor that was added a second name; its bytes are written once."""
@@ -125,6 +138,7 @@ class EntryWriter:
             path,
             self._waiting,
             elsewhere=ELSEWHERE,
+            metadata=self._metadata,
             progress=self.progress,
             durable=True,
         )
@@ -136,7 +150,7 @@ class EntryWriter:
                 "shape": list(source.tensor.shape),
                 "start": 0,
             }
-        self._waiting, self._waiting_bytes = {}, 0
+        self._waiting, self._waiting_bytes, self._metadata = {}, 0, {}
 
 
 def open_entry(

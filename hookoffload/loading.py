@@ -15,8 +15,11 @@ from torch import nn
 
 from .attach import _attach
 from .checkpoint import open_checkpoint
+from .code_cache import find_codes, keep_codes
+from .coding import can_code
 from .conversion_cache import ConversionCache
 from .converting import Converter, Locations, convert
+from .master import Master
 from .model_building import build_empty
 from .packed import Parts, parts_of, with_parts
 from .policy import OffloadPolicy
@@ -39,6 +42,7 @@ def load_model(
     config: Any = None,
     state_dict_converter: Converter | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    cache_codes: bool = False,
     progress: bool = True,
 ) -> ModuleT:
     """Build a model without initialising it, give it a checkpoint, attach the hooks.
@@ -80,6 +84,10 @@ def load_model(
         cache_dir: the cache folder; default: ``hookoffload/converted`` in the user's
             cache directory. If it cannot be written, what is computed goes to a
             temporary folder.
+        cache_codes: keep the codes of ``codec="lossless"`` in the cache folder, three
+            quarters of the weights' size. A later load of the same files reads them
+            instead of the weights, and has nothing to encode. What `torch.save` made,
+            or a converter computes, has to be kept there too.
         progress: show bars for what takes longer than a second.
 
     Returns:
@@ -110,6 +118,12 @@ def load_model(
     on_disk = resolved.offload.on_disk
     # What is coded rests in the file, and its code in RAM.
     stays = on_disk or resolved.codec is not None
+    if cache_codes and not (resolved.codec == "lossless" and can_code(resolved)):
+        raise ValueError(
+            "cache_codes=True keeps what codec='lossless' makes for weights that wait "
+            "in host RAM, and this policy makes no such codes: leave out cache_codes, "
+            'or set codec="lossless" with store="cpu" and without host_limit_gb'
+        )
     cache = ConversionCache(cache_dir)
     with ExitStack() as opened, progress_shown(progress):
         locations = open_checkpoint(checkpoint, cache)
@@ -120,6 +134,14 @@ def load_model(
         model = build_empty(model_class_or_factory, config, checkpoint)
         slots = _slots(model)
         _check_names_and_shapes(slots, locations, checkpoint)
+        kept = find_codes(cache, locations) if cache_codes else None
+        for code in (kept or {}).values():
+            opened.callback(code.close)
+        if kept:
+            locations = {
+                name: replace(location, kept=kept.get(name))
+                for name, location in locations.items()
+            }
         stay = _assign(slots, locations, apart=stays)
         _close_later(opened, stay)
         _attach(model, policy, stay)
@@ -127,6 +149,10 @@ def load_model(
             opened.pop_all()
             session = session_of(model)
             assert session is not None, "it has just been attached"
+            for code in (kept or {}).values():
+                code.close()
+            if cache_codes and kept is None and not cache.used_temporary_folder:
+                _keep_codes(cache, locations, stay, session.store.masters)
             whole = on_disk and resolved.host_limit_bytes is None
             used = _files_of(stay) if whole else session.store.files
             for file in (_files_of(locations) | _files_of(stay)) - used:
@@ -135,6 +161,18 @@ def load_model(
         # registers later under the same names.
         stay.clear()
         return model
+
+
+def _keep_codes(
+    cache: ConversionCache, locations: Locations, stay: Locations, masters: list[Master]
+) -> None:
+    names = {id(locations[name]): name for name in locations}
+    codes = {
+        names[id(master.location)]: master.code
+        for master in masters
+        if master.code is not None and id(master.location) in names
+    }
+    keep_codes(cache, locations, codes)
 
 
 def _close_later(opened: ExitStack, locations: Locations) -> None:

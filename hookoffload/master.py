@@ -212,7 +212,11 @@ class Master:
         Args:
             encoder: what encodes them.
         """
-        coded = encode_from(self._reader(), self.count, self.flat.dtype, encoder)
+        kept = None if self.location is None else self.location.kept
+        coded = None if kept is None else kept.read()
+        if coded is None:
+            read = self._reader()
+            coded = encode_from(read, self.count, self.flat.dtype, encoder)
         return None if coded is None else MasterCode.of(coded, self.revision)
 
     @property

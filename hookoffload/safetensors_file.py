@@ -8,7 +8,8 @@ import platform
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from .opened_file import OpenedFile
 from .safetensors_header import CheckpointError, TensorExtent
 from .tensor_bytes import memory, pieces, write_pieces
 from .torch_dtypes import dtype_of
+
+if TYPE_CHECKING:
+    from .code_cache import KeptCode
 
 _GIB = 2**30
 _MOST_READ_AT_ONCE = _GIB  # macOS refuses reads of more than 2**31 - 1 bytes.
@@ -47,6 +51,7 @@ class TensorLocation:
         shape: The tensor's shape as torch has it.
         offset: First byte, counted from the start of the file.
         nbytes: Length in bytes.
+        kept: The tensor's lossless code, if one is kept; see [Note: kept codes].
     """
 
     name: str
@@ -55,6 +60,7 @@ class TensorLocation:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    kept: KeptCode | None = field(default=None, compare=False, repr=False)
 
 
 class CheckpointFile(OpenedFile):
