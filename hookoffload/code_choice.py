@@ -29,7 +29,7 @@ import torch
 from .budget import MemoryBudget, format_gib
 from .coding import can_pay, expected_bytes, has_link
 from .layer import Layer
-from .lossless import decode_seconds, seconds_of
+from .lossless import TIMED_BYTES, decode_seconds, seconds_of
 from .master import Master
 from .mover import LayerMover
 from .plan import Plan
@@ -40,10 +40,6 @@ logger = logging.getLogger(__name__)
 # Measured passes differ by as much; what would save less is not worth the wait for
 # codes.
 _LEAST_GAIN = 0.02
-
-# Enough that a launch is nothing beside it, and no cache holds it; less if the limit
-# has less.
-_TIMED_BYTES = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +185,7 @@ def choose_masters(
     total = sum(sizes)
     masters = list(chain.from_iterable(codable))
     spared = sum(m.plain_bytes - expected_bytes(m) for m in masters)
-    size = _TIMED_BYTES
+    size = TIMED_BYTES  # or what the limit has
     while not budget.fits(2 * size):
         size //= 2
     budget.reserve("measuring", 2 * size)

@@ -12,7 +12,7 @@ from torch import nn
 from .assembly import Assembly, assemble, only_looked_up
 from .budget import BudgetExceededError, MemoryBudget
 from .gather import can_gather
-from .lossless import fused_decoder
+from .lossless import TIMED_BYTES, decode_seconds, fused_decoder
 from .lossless_device import DEVICE_BYTES, DeviceEncoder
 from .lossless_encoder import CODED_DTYPES, ChunkEncoder
 from .lossless_host import HostEncoder
@@ -66,18 +66,21 @@ def assemble_coded(
         if not codes_pay(policy, planner.plan):
             return assembly
         known = assembly.masters
-        if budget is not None:  # see [Note: what "auto" codes]
-            streamed = (assembly.layers[index] for index in planner.plan.streamed)
-            masters = (master for layer in streamed for master in layer.masters)
-            wanted = {id(m) for m in masters if m.location is not None}
-            if not wanted:
-                return assembly
+        # See [Note: what "auto" codes].
+        streamed = (assembly.layers[index] for index in planner.plan.streamed)
+        masters = (master for layer in streamed for master in layer.masters)
+        wanted = {id(m) for m in masters if m.location is not None}
+        if not wanted:
+            return assembly
     tables = looked_up(site.module for site in found.sites)
+
+    new: list[Master] = []
 
     def prepare(masters: list[Master]) -> None:
         chosen = [m for m in masters if m.code is None and can_pay(m, tables)]
         if wanted is not None:
             chosen = [master for master in chosen if id(master) in wanted]
+            new.extend(chosen)
         if budget is not None:
             _encode(chosen, policy, budget, Master.encode)
             return
@@ -89,7 +92,7 @@ def assemble_coded(
     with torch.inference_mode(False):
         coded = assemble(found, policy, locations, known, prepare)
     if wanted is not None and not _fits(coded, tables_only, planner):
-        for master in coded.moved_masters:
+        for master in new:
             master.forget_code()
         coded = assemble(found, policy, locations, known)
     return coded
@@ -211,6 +214,8 @@ def _encode(
         try:
             make = partial(DeviceEncoder, device)
             _encode_in_threads(masters, threads, make, work)
+            if taken >= 2 * TIMED_BYTES:
+                decode_seconds(device, TIMED_BYTES)  # for figures
         finally:
             torch.cuda.empty_cache()  # no other stream can use what these took
             budget.release("encoding", taken)

@@ -6,18 +6,26 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+_RATES = (
+    "link_bytes_per_second",
+    "disk_bytes_per_second",
+    "decode_bytes_per_second",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """How fast a machine is. What is None is not known, and nothing is guessed for it.
 
-    `measure_rates` measures the first two; how long a model computes, only a run of it
+    `measure_rates` measures all but one: how long a model computes, only a run of it
     tells.
 
     Attributes:
         link_bytes_per_second: From page-locked host RAM to the compute device.
         disk_bytes_per_second: From the files to host RAM.
         compute_seconds: One pass with every weight on the compute device.
+        decode_bytes_per_second: Weights from their lossless codes, on the compute
+            device; in bytes of the weights.
 
     Raises:
         ValueError: A rate is not a positive number, or the seconds are not a number.
@@ -30,10 +38,11 @@ class Rates:
     link_bytes_per_second: float | None = None
     disk_bytes_per_second: float | None = None
     compute_seconds: float | None = None
+    decode_bytes_per_second: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        for name in ("link_bytes_per_second", "disk_bytes_per_second"):
+        for name in _RATES:
             rate = getattr(self, name)
             if rate is not None and not (rate > 0 and math.isfinite(rate)):
                 raise ValueError(
@@ -53,36 +62,45 @@ class Prediction:
     [Note: the cost model] Compute, copies over the link and reads from disk run at the
     same time, each ahead of the next as far as the window allows, and passes follow
     each other. So the slowest of the three sets the pace:
-    ``max(compute, streamed bytes / link, disk bytes / disk)``.
+    ``max(compute, streamed bytes / link, disk bytes / disk)``. What decodes weights is
+    the compute device, between its layers: that is added to what it computes.
 
     Attributes:
         compute_seconds: None where nobody measured it.
         link_seconds: 0 if nothing crosses the link; None where its rate is not known.
         disk_seconds: The same for the disk.
+        decode_seconds: 0 if nothing is coded; None where the rate is not known.
     """
 
     compute_seconds: float | None
     link_seconds: float | None
     disk_seconds: float | None
+    decode_seconds: float | None = 0.0
 
     @property
     def parts(self) -> dict[str, float | None]:
-        """The three by name."""
-        return {
+        """What there is to do, by name; decoding only where something is coded."""
+        parts = {
             "compute": self.compute_seconds,
             "link": self.link_seconds,
             "disk": self.disk_seconds,
         }
+        return (
+            parts
+            if self.decode_seconds == 0
+            else {**parts, "decoding": self.decode_seconds}
+        )
 
     @property
     def complete(self) -> bool:
-        """Whether all three are known; `seconds` is a lower bound otherwise."""
+        """Whether all is known; `seconds` is a lower bound otherwise."""
         return None not in self.parts.values()
 
     @property
     def seconds(self) -> float:
         """The most of what is known."""
-        return max((s for s in self.parts.values() if s is not None), default=0.0)
+        on_device = (self.compute_seconds or 0.0) + (self.decode_seconds or 0.0)
+        return max(on_device, self.link_seconds or 0.0, self.disk_seconds or 0.0)
 
 
 class CurvePoint(NamedTuple):
@@ -100,13 +118,16 @@ class CurvePoint(NamedTuple):
     resident_bytes: int
 
 
-def predict(rates: Rates, *, link_bytes: int, disk_bytes: int) -> Prediction:
+def predict(
+    rates: Rates, *, link_bytes: int, disk_bytes: int, decoded_bytes: int = 0
+) -> Prediction:
     """Applies the cost model to one pass.
 
     Args:
         rates: What is known about the machine.
         link_bytes: Bytes that cross the link in a pass.
         disk_bytes: Bytes that a pass reads from disk.
+        decoded_bytes: Bytes of weights that a pass decodes.
 
     Example:
         >>> rates = Rates(link_bytes_per_second=10e9, compute_seconds=0.5)
@@ -117,6 +138,7 @@ def predict(rates: Rates, *, link_bytes: int, disk_bytes: int) -> Prediction:
         compute_seconds=rates.compute_seconds,
         link_seconds=_seconds(link_bytes, rates.link_bytes_per_second),
         disk_seconds=_seconds(disk_bytes, rates.disk_bytes_per_second),
+        decode_seconds=_seconds(decoded_bytes, rates.decode_bytes_per_second),
     )
 
 

@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 
+# Enough that a launch is nothing beside it, and no cache holds it.
+TIMED_BYTES = 2**26
+
+# By the device's name: with how many bytes it was measured, and seconds a byte.
+_DECODE_SECONDS: dict[str, tuple[int, float]] = {}
+
 _TIMES = 4  # that something is done to know how long it takes
 
 
@@ -101,14 +107,28 @@ def decode(layout: CodeLayout, coded: torch.Tensor, output: torch.Tensor) -> Non
         decode_in_torch(layout, coded, output)
 
 
-@cache
+def known_decode_seconds(device: torch.device) -> float | None:
+    """Return how long a decoded byte takes on a device, if that was measured."""
+    found = _DECODE_SECONDS.get(str(device))
+    return None if found is None else found[1]
+
+
 def decode_seconds(device: torch.device, nbytes: int) -> float:
-    """Measure how long a decoded byte takes on a device.
+    """Return how long a decoded byte takes on a device: as measured, or measure it.
 
     Args:
         device: the device, on which less than twice the bytes are taken.
-        nbytes: bytes to decode.
+        nbytes: bytes to decode; what was measured with fewer is measured again.
     """
+    known = _DECODE_SECONDS.get(str(device))
+    if known is not None and known[0] >= nbytes:
+        return known[1]
+    seconds = _measure_decoder(device, nbytes)
+    _DECODE_SECONDS[str(device)] = (nbytes, seconds)
+    return seconds
+
+
+def _measure_decoder(device: torch.device, nbytes: int) -> float:
     count = nbytes // 2
     layout = CodeLayout(dtype=torch.bfloat16, count=count, base=1, patches=0)
     with torch.inference_mode(False):

@@ -20,6 +20,7 @@ import torch
 from .budget import GIB
 from .cost import Rates
 from .host_memory import cgroup_limit, default_cap
+from .lossless import TIMED_BYTES, decode_seconds
 from .placement import default_device
 
 _LINK_BYTES = 256 * 2**20
@@ -108,10 +109,16 @@ def measure_rates(
         >>> measure_rates("cpu").link_bytes_per_second is None
         True
     """
-    link = measure_link(torch.device(device or default_device()))
-    rate = None if link is None else link.bytes_per_second
+    compute_device = torch.device(device or default_device())
+    link = measure_link(compute_device)
     disk = None if folder is None else measure_disk(Path(folder)).bytes_per_second
-    return Rates(link_bytes_per_second=rate, disk_bytes_per_second=disk)
+    if link is None:
+        return Rates(disk_bytes_per_second=disk)
+    return Rates(
+        link_bytes_per_second=link.bytes_per_second,
+        disk_bytes_per_second=disk,
+        decode_bytes_per_second=1 / decode_seconds(compute_device, TIMED_BYTES),
+    )
 
 
 def measure_link(device: torch.device) -> LinkSpeed | None:

@@ -124,6 +124,11 @@ class Plan:
         return self.pass_bytes / decoded if decoded else 1.0
 
     @property
+    def decoded_bytes(self) -> int:
+        """Bytes of the weights that one pass decodes."""
+        return sum(layer.decoded_bytes for layer in self._brought_in())
+
+    @property
     def link_bytes(self) -> int:
         """Those of `pass_bytes` that cross a link: none where the CPU computes."""
         return 0 if self.device.startswith("cpu") else self.pass_bytes
@@ -163,7 +168,12 @@ class Plan:
         rates = rates or self.rates
         if rates is None:
             return None
-        return predict(rates, link_bytes=self.link_bytes, disk_bytes=self.disk_bytes)
+        return predict(
+            rates,
+            link_bytes=self.link_bytes,
+            disk_bytes=self.disk_bytes,
+            decoded_bytes=self.decoded_bytes,
+        )
 
     def curve(
         self, limits_gb: Sequence[float] | None = None, rates: Rates | None = None

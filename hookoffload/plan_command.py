@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from .budget import GIB, format_gib
@@ -177,7 +177,8 @@ def _hint(
 ) -> str:
     hints = []
     if measured is not None:
-        link, disk, _ = astuple(measured.rates)
+        link = measured.rates.link_bytes_per_second
+        disk = measured.rates.disk_bytes_per_second
         used = [
             f"{name} {rate / GIB:.2f} GiB/s"
             for name, rate, given, nbytes in (

@@ -6,7 +6,7 @@ Nothing moves and nothing loads.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from .assembly import Assembly
-from .budget import MemoryBudget
+from .budget import BudgetExceededError, MemoryBudget
 from .checkpoint_plan import HeldAs, Tiers, dtype_label, plan_of_headers
 from .codec import Codec, choose_codec
-from .coding import assemble_coded, can_code, codes_pay, foreseen
+from .coding import assemble_coded, can_code, foreseen
 from .cost import Rates
 from .device_memory import DeviceMemory
 from .gather import lookup_of
 from .layer import Layer
+from .lossless import known_decode_seconds
 from .partition import partition
 from .pass_planner import PassPlanner
 from .placement import CPU
@@ -38,6 +39,9 @@ Checkpoint = _Path | list[_Path] | tuple[_Path, ...]
 
 def plan_of_session(session: Session, rates: Rates | None) -> Plan:
     """Returns the plan that stands for an attached model."""
+    known = known_decode_seconds(session.policy.compute_device)
+    if rates is not None and rates.decode_bytes_per_second is None and known:
+        rates = replace(rates, decode_bytes_per_second=1 / known)
     return _described(session.plan, session.layers, session.policy, rates)
 
 
@@ -49,6 +53,12 @@ def plan_of_model(model: nn.Module, policy: OffloadPolicy, rates: Rates | None) 
         BudgetExceededError: The limit is below the least that the model needs.
     """
     check_tensors(model)
+    if policy.codec == "auto":
+        raw = plan_of_model(model, replace(policy, codec=None), rates)
+        if not can_code(policy.resolve(here=False)):
+            return raw
+        lossless = replace(policy, codec="lossless")
+        return _faster(raw, lambda: plan_of_model(model, lossless, rates))
     resolved = policy.resolve(here=False)
     found = partition(model, resolved.module_map.for_model(model))
     budget = MemoryBudget(None)
@@ -96,9 +106,26 @@ def plan_of_checkpoint(
         tiers = coded
     limit = resolved.limit_bytes
     plan = plan_of_headers(checkpoint, tiers, limit_bytes=limit, rates=rates)
-    if can and codes_pay(resolved, plan):
-        plan = plan_of_headers(checkpoint, coded, limit_bytes=limit, rates=rates)
-    return plan
+    if not can or resolved.codec != "auto":
+        return plan
+    return _faster(
+        plan,
+        lambda: plan_of_headers(checkpoint, coded, limit_bytes=limit, rates=rates),
+    )
+
+
+def _faster(raw: Plan, make_coded: Callable[[], Plan]) -> Plan:
+    """Chooses as "auto" does; where not all is known, the link is the limit."""
+    if not raw.link_bytes:
+        return raw
+    try:
+        coded = make_coded()
+    except BudgetExceededError:
+        return raw  # there is no room to decode into
+    one, other = raw.predict(), coded.predict()
+    if one is None or other is None or one.compute_seconds is None:
+        return coded
+    return raw if one.seconds <= other.seconds else coded
 
 
 def _coded_bytes(code: str, count: int) -> int:

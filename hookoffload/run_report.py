@@ -178,6 +178,7 @@ class Report:
                 stats.bytes_written_back,
             ),
             ("stalled", format_seconds(stats.stall_seconds), stats.stall_seconds),
+            *self._decoding(),
             ("hits", f"{stats.hits}", stats.hits),
             ("misses", f"{stats.misses}", stats.misses),
         ]
@@ -193,6 +194,17 @@ class Report:
             f"{kind} {format_gib(n)}" for kind, n in self.peak_by_kind.items()
         )
         return [*rows, ("at the peak", held or "nothing of the library", None)]
+
+    def _decoding(self) -> list[tuple[str, str, float | None]]:
+        stats = self.stats
+        if not stats.decoded_bytes:
+            return []
+        share = stats.coded_bytes / stats.decoded_bytes
+        ratio = ("coded in", f"{share:.1%}", share)
+        seconds = stats.decode_seconds
+        if seconds is None:
+            return [ratio]
+        return [ratio, ("decoding a pass", format_seconds(seconds), seconds)]
 
     def verdict(self) -> str:
         """Return how close the run came to its bound, in one line."""

@@ -28,6 +28,7 @@ from .hook_set import HookSet
 from .hooks import Site
 from .inventory import Inventory
 from .layer import Layer
+from .lossless import known_decode_seconds
 from .master import Master
 from .mover import LayerMover
 from .partition import Partition, partition
@@ -724,7 +725,12 @@ class Session(NotCopied):
             bytes_read=counters.bytes_read,
             coded_bytes=sum(m.nbytes for m in coded),
             decoded_bytes=sum(m.plain_bytes for m in coded),
+            decode_seconds=self._decode_seconds(),
         )
+
+    def _decode_seconds(self) -> float | None:
+        known = known_decode_seconds(self.policy.compute_device)
+        return None if known is None else known * self.plan.decoded_bytes
 
     def report(self) -> Report:
         """Return what has happened, in detail.

@@ -31,6 +31,8 @@ class OffloadStats:
         coded_bytes: Bytes of the weights that are coded losslessly, as they wait in
             host RAM and are copied.
         decoded_bytes: Bytes of the same weights when they are decoded.
+        decode_seconds: Seconds that a pass takes to decode what it copies, at the rate
+            that was measured on this device; None where that was not measured.
         by_model: Of several models that share a limit, the figures of each; the peak
             and the limit are those of all of them.
     """
@@ -50,6 +52,7 @@ class OffloadStats:
     bytes_read: int = 0
     coded_bytes: int = 0
     decoded_bytes: int = 0
+    decode_seconds: float | None = None
     by_model: dict[str, OffloadStats] = field(default_factory=dict)
 
     @classmethod
@@ -82,6 +85,8 @@ class OffloadStats:
         if self.decoded_bytes:
             share = self.coded_bytes / self.decoded_bytes
             coded = f", {format_gib(self.decoded_bytes)} coded in {share:.1%}"
+            if self.decode_seconds is not None:
+                coded += f" ({self.decode_seconds:.4f} s a pass to decode)"
         return (
             f"{self.forwards} forwards, peak {format_gib(self.peak_bytes)} "
             f"(limit {limit}; {kinds or 'nothing of the library'}), "

@@ -81,6 +81,7 @@ def test_seconds_come_from_the_rates_that_are_given(
         "compute_seconds": 1.5,
         "link_seconds": 2.0,
         "disk_seconds": 8.0,
+        "decode_seconds": 0.0,
         "seconds": 8.0,
         "complete": True,
     }
@@ -119,6 +120,7 @@ def test_rates_that_are_given_go_before_measured_ones(
         "compute_seconds": 0.5,
         "link_seconds": 1.0,
         "disk_seconds": 10.0,
+        "decode_seconds": 0.0,
         "seconds": 10.0,
         "complete": True,
     }

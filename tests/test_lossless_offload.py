@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +445,18 @@ def test_plans_foresee_codes(model: Model, tmp_path: Path) -> None:
         assert coded.resident >= raw.resident
         whole = ho.offload_plan(source, policy("cuda", None, codec="auto"))
         assert whole.coded_share == 1 and not whole.pass_bytes
+        rates = ho.Rates(
+            link_bytes_per_second=1e9,
+            compute_seconds=1.0,
+            decode_bytes_per_second=1e12,
+        )
+        asked = policy("cuda", layers * LAYER_BYTES, codec="auto")
+        computes = ho.offload_plan(source, asked, rates=rates)
+        assert computes.coded_share == 1 and "decoding" not in str(computes)
+        waits = ho.offload_plan(
+            source, asked, rates=replace(rates, compute_seconds=1e-6)
+        )
+        assert waits.coded_share < 0.78 and "decoding 0.000" in str(waits)
     for codec in ("lossless", "auto"):
         ho.attach_offload_hooks(model, policy("cpu", codec=codec, store="disk"))
         assert ho.offload_plan(model).coded_share == 1

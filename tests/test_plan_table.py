@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,27 @@ def test_slowest_of_compute_link_and_disk_sets_the_pace() -> None:
         assert prediction.complete
 
 
+def test_decoding_is_added_to_computing() -> None:
+    rates = Rates(link_bytes_per_second=10.0, compute_seconds=3.0)
+    fast = replace(rates, decode_bytes_per_second=100.0)
+    for known, decoded, seconds, complete in (
+        (fast, 50, 3.5, True),
+        (fast, 150, 4.5, True),
+        (fast, 0, 4.0, True),
+        (rates, 50, 4.0, False),
+        (rates, 0, 4.0, True),
+    ):
+        link = 30 if decoded else 40
+        link = 40 if known is rates else link
+        prediction = predict(
+            known, link_bytes=link, disk_bytes=0, decoded_bytes=decoded
+        )
+        assert (prediction.seconds, prediction.complete) == (seconds, complete)
+        assert ("decoding" in prediction.parts) == (decoded > 0)
+    with pytest.raises(ValueError, match="decode_bytes_per_second=0"):
+        Rates(decode_bytes_per_second=0)
+
+
 def test_without_rates_no_second_is_named() -> None:
     plan = plan_of(blocks(), GIB // 2)
     assert plan.predict() is None
@@ -90,6 +112,7 @@ def test_what_is_known_makes_the_seconds_exact() -> None:
         "compute_seconds": 0.125,
         "link_seconds": 0.0,
         "disk_seconds": 0.0,
+        "decode_seconds": 0.0,
         "seconds": 0.125,
         "complete": True,
     }
