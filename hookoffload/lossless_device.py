@@ -8,8 +8,10 @@ chunks of other threads are copied.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from .lossless_encoder import Patches
 from .lossless_layout import BLOCK, CodeLayout
 
 _CHUNK_VALUES = 2**21
@@ -56,7 +58,7 @@ class DeviceEncoder:
 
     def encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Patches:
         """See `ChunkEncoder`."""
         if self._stream is None:
             return self._encode(values, start, layout, coded)
@@ -65,7 +67,7 @@ class DeviceEncoder:
 
     def _encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Patches:
         first, blocks = start // BLOCK, -(-values.numel() // BLOCK)
         words = self._on_device(values, blocks)
         planes = []
@@ -82,7 +84,8 @@ class DeviceEncoder:
         if self._stream is not None:
             self._stream.synchronize()
         for (at, _), plane in zip(planes, waiting, strict=True):
-            coded[at : at + plane.nbytes].view(torch.int32).copy_(plane)
+            target = coded[at : at + plane.nbytes].numpy()
+            np.copyto(target, plane.view(torch.uint8).numpy())
         return patches
 
     def _on_device(self, values: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -95,10 +98,11 @@ class DeviceEncoder:
         size = count * values.element_size() // 4
         if self._chunk.numel() < size:
             self._chunk = self._staging(size)
-        staged = self._chunk[:size].view(values.dtype)
-        staged[: values.numel()].copy_(values)
-        staged[values.numel() :].zero_()
-        return staged.view(torch.int32).to(self._device, non_blocking=True)
+        staged = self._chunk[:size]
+        raw, source = staged.view(torch.uint8).numpy(), values.cpu().view(torch.uint8)
+        np.copyto(raw[: source.numel()], source.numpy())
+        raw[source.numel() :] = 0
+        return staged.to(self._device, non_blocking=True)
 
     def _start_down(self, planes: list[torch.Tensor]) -> list[torch.Tensor]:
         """Begin to copy planes to page-locked memory."""
@@ -153,7 +157,7 @@ def _not_zero(halves: torch.Tensor) -> torch.Tensor:
 
 def _patches(
     pairs: torch.Tensor, escaping: torch.Tensor, start: int, layout: CodeLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Patches:
     """Return the indices and upper halves of values whose top bits are set."""
     flat, escaping = pairs.reshape(-1), escaping.reshape(-1)
     last = (layout.count - 1 - start) // 2
@@ -161,14 +165,16 @@ def _patches(
         escaping[last] |= 0x8000  # see the note: it is a patch in any case
     places = escaping.nonzero().squeeze(1)
     brought = torch.stack([places.int(), flat[places], escaping[places]]).cpu()
-    places, found, tops = brought[0].long(), brought[1], brought[2]
+    places, found, tops = brought.numpy()
+    places = places.astype(np.int64)
     if layout.wide:
         at = start + places // (BLOCK // 2) * BLOCK + places % (BLOCK // 2)
         step = BLOCK // 2
     else:
         at, step = start + places * 2, 1
-    lower, upper = (tops & 0x8000).bool(), tops < 0
-    indices = torch.cat([at[lower], at[upper] + step])
-    values = [found[lower].to(torch.int16), (found[upper] >> 16).to(torch.int16)]
-    together, order = indices.sort()
-    return together, torch.cat(values)[order]
+    lower, upper = (tops & 0x8000) != 0, tops < 0
+    indices = np.concatenate([at[lower], at[upper] + step])
+    pairs_of_halves = found.view(np.int16).reshape(-1, 2)
+    values = np.concatenate([pairs_of_halves[lower, 0], pairs_of_halves[upper, 1]])
+    order = np.argsort(indices)
+    return indices[order], values[order]

@@ -3,6 +3,10 @@
 What it takes beside the coded bytes does not grow with the tensor. Where chunks are
 encoded is up to a `ChunkEncoder`: `HostEncoder` works in one thread on the CPU,
 `DeviceEncoder` on an accelerator. They give the same bytes.
+
+[Note: threads that encode] Several tensors are encoded side by side, so what a thread
+does on the CPU must stay in it: NumPy's steps do. PyTorch divides its own over all
+cores, with a team of threads for each thread that asks; such teams wait for each other.
 """
 
 from __future__ import annotations
@@ -11,11 +15,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from .host_memory import empty_pages
-from .lossless_layout import BYTES_PER_PATCH, SEGMENT, CodeLayout, halves, words
+from .lossless_layout import BYTES_PER_PATCH, SEGMENT, CodeLayout
+
+# The indices of values, and their upper halves.
+Patches = tuple[npt.NDArray[np.int64], npt.NDArray[np.int16]]
 
 # Reads values: from the first index, to the second.
 Reader = Callable[[int, int], torch.Tensor]
@@ -45,7 +53,7 @@ class ChunkEncoder(Protocol):
 
     def encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Patches:
         """Encode values into the planes, from index ``start``, a block's first, on.
 
         Args:
@@ -55,8 +63,7 @@ class ChunkEncoder(Protocol):
             coded: takes the planes; in host RAM.
 
         Returns:
-            The indices, ascending, and the upper halves of those that need patches,
-            in host RAM.
+            The indices, ascending, and the upper halves of those that need patches.
         """
 
 
@@ -88,8 +95,8 @@ def encode_values(
     # saves a second copy.
     room = (layout.nbytes + 2 * expected + 4096) // 16 * 16
     coded = empty_pages(room)
-    indices: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
+    indices: list[npt.NDArray[np.int64]] = []
+    values: list[npt.NDArray[np.int16]] = []
     patches = 0
     size = encoder.chunk_values
     for start in range(0, count, size):
@@ -97,7 +104,7 @@ def encode_values(
         at, upper = encoder.encode(chunk, start, layout, coded)
         indices.append(at)
         values.append(upper)
-        patches += at.numel()
+        patches += at.size
         if layout.nbytes + patches * BYTES_PER_PATCH > most:
             return None
     layout = replace(layout, patches=patches)
@@ -106,8 +113,8 @@ def encode_values(
     if layout.nbytes > room:
         planes = coded[: layout.starts_at]
         coded = empty_pages(layout.nbytes)
-        coded[: layout.starts_at].copy_(planes)
-    _write_patches(coded, layout, torch.cat(indices), torch.cat(values))
+        np.copyto(coded[: layout.starts_at].numpy(), planes.numpy())
+    _write_patches(coded, layout, np.concatenate(indices), np.concatenate(values))
     return layout, coded
 
 
@@ -117,36 +124,36 @@ def _choose_base(read: Reader, count: int) -> tuple[int, float]:
     Looks at a sample of large tensors: another base would be right as well.
     """
     step = max(_SAMPLED_SLICE, count // _SAMPLED_SLICES)
-    exponents = torch.cat(
-        [
-            _exponents(read(start, min(start + _SAMPLED_SLICE, count)))
-            for start in range(0, count, step)
-        ]
-    )
-    counts = torch.bincount(exponents, minlength=256).cpu()
-    sums = F.pad(counts[1:].cumsum(0), (1, 0))  # of the exponents from 1 to i
+    counts = np.zeros(256, np.int64)
+    for start in range(0, count, step):
+        upper = _upper_halves(read(start, min(start + _SAMPLED_SLICE, count)))
+        counts += np.bincount((upper >> 7) & 0xFF, minlength=256)
+    sums = np.concatenate([[0], counts[1:].cumsum()])  # of the exponents from 1 to i
     covered = sums[_CODES:] - sums[: _MOST_BASE + 1]
     base = int(covered.argmax())
     coded = int(covered[base]) + int(counts[0])
-    return base, 1 - coded / exponents.numel()
+    return base, 1 - coded / int(counts.sum())
 
 
-def _exponents(values: torch.Tensor) -> torch.Tensor:
-    wide = values.element_size() == 4
-    bits = values.view(torch.int32 if wide else torch.int16)
-    return ((bits >> (23 if wide else 7)) & 0xFF).to(torch.uint8)
+def _upper_halves(values: torch.Tensor) -> npt.NDArray[np.uint16]:
+    halves = values.cpu().view(torch.int16).numpy().view(np.uint16)
+    step = values.element_size() // 2
+    return halves[step - 1 :: step]
 
 
 def _write_patches(
     coded: torch.Tensor,
     layout: CodeLayout,
-    indices: torch.Tensor,
-    values: torch.Tensor,
+    indices: npt.NDArray[np.int64],
+    values: npt.NDArray[np.int16],
 ) -> None:
     # Behind each part are up to 12 bytes that nothing else writes to.
-    coded[layout.starts_at : layout.nbytes].zero_()
-    bounds = torch.arange(layout.segments + 1) * SEGMENT
-    starts = torch.searchsorted(indices, bounds)
-    words(coded, layout.starts_at, starts.numel()).copy_(starts)
-    words(coded, layout.indices_at, layout.patches).copy_(indices)
-    halves(coded, layout.values_at, layout.patches).copy_(values)
+    data = coded.numpy()
+    data[layout.starts_at : layout.nbytes] = 0
+    starts = np.searchsorted(indices, np.arange(layout.segments + 1) * SEGMENT)
+    for at, part in (
+        (layout.starts_at, starts.astype(np.int32)),
+        (layout.indices_at, indices.astype(np.int32)),
+        (layout.values_at, values),
+    ):
+        data[at : at + part.nbytes] = part.view(np.uint8)

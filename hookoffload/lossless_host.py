@@ -1,8 +1,7 @@
 """Encodes chunks on the CPU, see [Note: the lossless code].
 
-In NumPy: it computes in one thread and lets others run meanwhile, so that several
-tensors are encoded at a time, and writes into memory that is there already. PyTorch
-would divide each of the small steps over all cores, and wait for the last of them.
+In NumPy, see [Note: threads that encode]: and it writes into memory that is there
+already.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .lossless_encoder import Patches
 from .lossless_layout import BLOCK, CodeLayout
 
 _Halves = npt.NDArray[np.uint16]
@@ -40,7 +40,7 @@ class HostEncoder:
 
     def encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Patches:
         """See `ChunkEncoder`."""
         count = values.numel()
         first, blocks = start // BLOCK, -(-count // BLOCK)
@@ -67,10 +67,7 @@ class HostEncoder:
             places = places // BLOCK * BLOCK + inside
             order = np.argsort(places)
             places, found = places[order], found[order]
-        return (
-            torch.from_numpy(places + start),
-            torch.from_numpy(found.view(np.int16)),
-        )
+        return places + start, found.view(np.int16)
 
     def _bits(self, values: torch.Tensor, blocks: int) -> _Halves:
         """Return the halves of whole blocks, the last of them filled up with zeros."""
