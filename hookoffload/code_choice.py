@@ -123,11 +123,14 @@ class PassMeter:
             self._ended = self._mark() if complete else None
 
     def take(self) -> MeasuredPass | None:
-        """Return what was measured and is not yet known, None without."""
+        """Return what was measured and is not yet known, None without.
+
+        What was measured is of the plan that the device still follows.
+        """
         begun, ended, plan = self._begun, self._ended, self._plan
-        if begun is None or ended is None or plan is None:
-            return None
         self._begun = self._ended = None
+        if begun is None or ended is None or plan is not self._mover.plan:
+            return None
         self._known = plan
         if isinstance(begun, float) or isinstance(ended, float):
             assert isinstance(begun, float) and isinstance(ended, float)

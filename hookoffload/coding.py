@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -201,7 +202,7 @@ def _encode(
     """Encode masters by several threads, on the device if it has room for that."""
     if not masters:
         return
-    device, cores = policy.compute_device, torch.get_num_threads()
+    device, cores = policy.compute_device, os.cpu_count() or 1
     threads = min(cores, _DEVICE_THREADS) if device.type == "cuda" else 0
     # Who wants as little as possible there shall not find it full at attach.
     if policy.limit_bytes == 0:
@@ -220,7 +221,7 @@ def _encode(
             torch.cuda.empty_cache()  # no other stream can use what these took
             budget.release("encoding", taken)
     else:
-        _encode_in_threads(masters, cores, HostEncoder, work)
+        _encode_in_threads(masters, torch.get_num_threads(), HostEncoder, work)
     if device.type == "cuda":
         fused_decoder(device)  # compiled now rather than in the first forward
 

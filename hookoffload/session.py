@@ -502,14 +502,15 @@ class Session(NotCopied):
 
     def code_by(self, measured: MeasuredPass) -> None:
         """Have the layers coded for which a measured pass says that it pays."""
-        policy, budget = self.policy, self.budget
+        policy, budget, plan = self.policy, self.budget, self.mover.plan
+        assert plan is not None, "what was measured is of a plan"
         tables = looked_up(self.model.modules())
-        codable = streamed_raw(self.plan, self.layers, tables)
+        codable = streamed_raw(plan, self.layers, tables)
         if not codable:
             return
         self.mover.drop_all()
         device = policy.compute_device
-        chosen = choose_masters(measured, self.plan, codable, device, budget)
+        chosen = choose_masters(measured, plan, codable, device, budget)
         made = make_codes(chosen, policy, budget)
         if not made:
             return

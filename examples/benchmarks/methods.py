@@ -44,10 +44,12 @@ class Method:
     Attributes:
         attach: Prepares the model; what it returns is kept as long as the model runs.
         limited: Whether it can be told how much memory to take.
+        warm_ups: Forwards between the first and those that are timed.
     """
 
     attach: Callable[[nn.Module, Way], object]
     limited: bool
+    warm_ups: int = 2
 
 
 def policy_of(
@@ -145,7 +147,8 @@ METHODS: dict[str, Method] = {
     "resident": Method(attach=_resident, limited=False),
     "hookoffload": Method(attach=_hookoffload, limited=True),
     "hookoffload_lossless": Method(attach=_hookoffload_lossless, limited=True),
-    "hookoffload_auto": Method(attach=_hookoffload_auto, limited=True),
+    # It measures a forward, and encodes behind that.
+    "hookoffload_auto": Method(attach=_hookoffload_auto, limited=True, warm_ups=8),
     "accelerate_cpu_offload": Method(attach=_accelerate_cpu_offload, limited=False),
     "accelerate_dispatch": Method(attach=_accelerate_dispatch, limited=True),
     "diffusers_leaf": Method(attach=_diffusers_leaf, limited=False),

@@ -25,8 +25,7 @@ from hookoffload import detach, offload_plan, offload_stats
 
 Row = dict[str, Any]
 
-WARM_UPS = 2
-# A method this slow needs no second warm-up, and has none for a lack of time.
+# A method this slow needs half of the warm-ups, and has no time for all.
 SLOW_SECONDS = 2.0
 
 
@@ -138,7 +137,9 @@ def _timed(
     row["attach_seconds"] = time.perf_counter() - began
 
     first = runner.forward(subject.resolution)
-    count = 1 if first.seconds > SLOW_SECONDS else WARM_UPS
+    count = METHODS[trial.method].warm_ups
+    if first.seconds > SLOW_SECONDS:
+        count //= 2
     warm = [runner.forward(subject.resolution) for _ in range(count)]
     rss = [watch.finish()]
     gc.collect()
