@@ -7,7 +7,9 @@ tensor's bytes wherever they rest, as without a codec, and ``Master.code`` is in
 RAM and page-locked, and what copies take. So host RAM shrinks where the bytes at rest
 are a map of a file: after `load_model`, and where the offload placement is the disk
 and the onload placement is RAM. What lies in RAM at attach stays there, and its code
-comes beside it.
+comes beside it, which ``offload_stats`` counts. Its storage cannot be emptied
+(``resize_(0)``) meanwhile: a sum, a clone or an edit of such a parameter ends the
+process, and a copy by NumPy or `copy.deepcopy` has arbitrary values.
 
 A code belongs to one revision of its master. Onload, for all of them at once, and
 `Layer.revision`, before a copy begins, have the code of a master that was written to

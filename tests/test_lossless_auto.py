@@ -224,6 +224,22 @@ def test_what_streams_from_a_file_is_encoded_when_it_is_read(
         assert_same_bits(run(loaded, ids), expected)
 
 
+def test_a_file_is_read_as_it_is_where_there_is_no_room_to_decode_into(
+    device: str, model: Model, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    expected = plain(model, ids, device)
+    loaded = ho.load_model(Model, path, policy(device, 0, codec=None))
+    least = ho.offload_plan(loaded).least_bytes
+    ho.detach(loaded)
+    tight = policy(device, least + 4096, codec="auto")
+    loaded = ho.load_model(Model, path, tight)
+    assert not coded_layers(loaded)
+    for _ in range(4):
+        assert_same_bits(run(loaded, ids), expected)
+
+
 @pytest.mark.parametrize(
     ("seconds", "stalled", "link", "share"),
     [
