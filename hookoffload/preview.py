@@ -40,8 +40,9 @@ Checkpoint = _Path | list[_Path] | tuple[_Path, ...]
 def plan_of_session(session: Session, rates: Rates | None) -> Plan:
     """Returns the plan that stands for an attached model."""
     known = known_decode_seconds(session.policy.compute_device)
-    if rates is not None and rates.decode_bytes_per_second is None and known:
-        rates = replace(rates, decode_bytes_per_second=1 / known)
+    if rates is not None and session.plan.decoded_bytes and known:
+        rate = rates.decode_bytes_per_second or 1 / known
+        rates = replace(rates, decode_bytes_per_second=rate)
     return _described(session.plan, session.layers, session.policy, rates)
 
 
