@@ -112,12 +112,13 @@ def measure_rates(
     compute_device = torch.device(device or default_device())
     link = measure_link(compute_device)
     disk = None if folder is None else measure_disk(Path(folder)).bytes_per_second
-    if link is None:
-        return Rates(disk_bytes_per_second=disk)
+    decoder = None
+    if compute_device.type == "cuda":
+        decoder = 1 / decode_seconds(compute_device, TIMED_BYTES)
     return Rates(
-        link_bytes_per_second=link.bytes_per_second,
+        link_bytes_per_second=None if link is None else link.bytes_per_second,
         disk_bytes_per_second=disk,
-        decode_bytes_per_second=1 / decode_seconds(compute_device, TIMED_BYTES),
+        decode_bytes_per_second=decoder,
     )
 
 
