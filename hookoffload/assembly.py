@@ -90,7 +90,7 @@ def assemble(
         masters[id(group.members[0].tensor)] = master
         return master
 
-    in_ram = _host_tier(found, policy, locations, known)
+    in_ram = choose_tiers(found, policy, locations, known)
     layers = []
     for index, sketch in enumerate(found.layers):
         on_disk = index not in in_ram
@@ -133,7 +133,7 @@ def _known(group: TensorGroup, known: dict[int, Master]) -> Master | None:
     return master if master is not None and master.is_of(group) else None
 
 
-def _host_tier(
+def choose_tiers(
     found: Partition,
     policy: ResolvedPolicy,
     locations: dict[str, TensorLocation],
@@ -141,7 +141,11 @@ def _host_tier(
 ) -> frozenset[int]:
     """Choose the layers whose masters wait in host RAM, by index.
 
-    Masters from an earlier assembly stay where they are, and count first.
+    Args:
+        found: the partition.
+        policy: the host limit, and in which dtypes masters rest.
+        locations: where the bytes of tensors lie, by name, if not in host RAM.
+        known: masters that stay where they are, and count first.
     """
     everything = frozenset(range(len(found.layers)))
     if policy.host_limit_bytes is None:

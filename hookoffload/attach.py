@@ -6,12 +6,15 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from torch import nn
 
+from .budget import GIB
 from .checks import check_model, check_owners, check_policy, warn_of_unmatched
 from .group import Group
+from .limits import to_bytes
 from .members import Models, Pipeline, are_several, distinct, group_of, members_of
 from .pipeline_hook import PipelineHook
 from .plan import Plan, Plans
@@ -28,6 +31,8 @@ from .safetensors_file import TensorLocation
 from .session import Session
 from .state_hooks import session_of
 from .stats import OffloadStats
+from .tensor_bytes import distinct_bytes
+from .tiers import host_shares
 
 if TYPE_CHECKING:
     from .cost import Rates
@@ -123,8 +128,9 @@ def _attach_several(
                 check_packed(model, resolved.compute_device)
         for name, model in members.items():
             with _named(name):
+                shared = group.share(name, resolved)
                 group.members[name] = Session(
-                    model, resolved, {}, poison=policy.debug, group=group
+                    model, shared, {}, poison=policy.debug, group=group
                 )
         warn_of_unmatched(group.sessions)
         for name, session in group.members.items():
@@ -291,43 +297,52 @@ def activate(models: Models, names: Sequence[str]) -> None:
     group.choose(chosen)
 
 
-def set_limit(models: Models, limit_gb: float | Literal["auto"] | None) -> None:
-    """Give attached models another limit, from the next forward on.
+def set_limit(
+    models: Models,
+    limit_gb: float | Literal["auto", "same"] | None = "same",
+    *,
+    host_limit_gb: float | Literal["same"] | None = "same",
+) -> None:
+    """Give attached models other limits, from the next forward on.
 
-    Few layers move: the residents of the smaller limit are among those of the larger.
+    Few layers move: the residents of the smaller limit are among those of the larger,
+    and so are the layers that wait in host RAM. What leaves RAM goes back to the file
+    that it was read from, if that still holds it; else it is written to ``disk_dir``.
 
     Args:
         models: what was attached. Models that share a limit have one for all of them.
         limit_gb: in GiB; None is unlimited, 0 as little as possible, "auto" what is
-            free on the compute device now, less a tenth.
+            free on the compute device now, less a tenth. "same" is that of before.
+        host_limit_gb: the most host RAM for weights that wait, in GiB; as the field of
+            `OffloadPolicy`. None: no such limit. "same" is that of before.
 
     Raises:
-        ValueError: The limit is not a number, or negative.
-        BudgetExceededError: It is below the least that a model needs; the old limit
-            stands.
+        ValueError: A limit is not a number, or negative, or contradicts the policy.
+        BudgetExceededError: It is below the least that a model needs; the old limits
+            stand.
+        CheckpointError: What leaves RAM cannot be written; the old limits stand.
         RuntimeError: The models are not attached, or are running.
 
     Example:
         >>> import torch
         >>> model = attach_offload_hooks(torch.nn.Linear(2, 2))
-        >>> set_limit(model, 1.5)
+        >>> set_limit(model, 1.5, host_limit_gb=4)
         >>> offload_stats(model).limit_bytes / 2**30
         1.5
         >>> model = detach(model)
     """
     sessions = _sessions(models, "set_limit")
     _require_whole(models, sessions, "set_limit")
-    device = sessions[0].policy.compute_device
-    asked = OffloadPolicy(limit_gb=limit_gb, compute_device=device)
-    limit = asked.resolve().limit_bytes
     group = sessions[0].group
+    policy = sessions[0].policy if group is None else group.policy
+    policy = policy.with_limits(limit_gb, host_limit_gb)
     with ExitStack() as owned:
         for session in sessions:
             owned.enter_context(session.by_hand("set_limit"))
         if group is None:
-            sessions[0].set_limit(limit)
+            sessions[0].set_limits(policy)
         else:
-            group.set_limit(limit)
+            group.set_limits(policy)
 
 
 @overload
@@ -396,8 +411,25 @@ def offload_plan(
             }
         if policy is None:
             _sessions(models, "offload_plan", "; or pass a policy to plan for")
-        return Plans({n: _plan_of(m, policy, rates) for n, m in members.items()})
+        policies = _policies(members, policy)
+        return Plans({n: _plan_of(m, policies[n], rates) for n, m in members.items()})
     return _plan_of(models, policy, rates)
+
+
+def _policies(
+    members: Mapping[str, nn.Module], policy: OffloadPolicy | None
+) -> dict[str, OffloadPolicy | None]:
+    """Return a policy for each of several models, with its share of the host limit."""
+    if policy is None or policy.host_limit_gb is None:
+        return dict.fromkeys(members, policy)
+    sizes = {
+        name: distinct_bytes(model.parameters()) for name, model in members.items()
+    }
+    shares = host_shares(to_bytes(policy.host_limit_gb), sizes)
+    return {
+        name: replace(policy, host_limit_gb=(share or 0) / GIB)
+        for name, share in shares.items()
+    }
 
 
 def _plan_of(model: Any, policy: OffloadPolicy | None, rates: Rates | None) -> Plan:
@@ -430,7 +462,8 @@ def offload_stats(models: Models) -> OffloadStats:
     if group is None or not are_several(models):
         return sessions[0].stats()
     by_model = {n: s.stats() for n, s in group.members.items() if not s.ended}
-    return OffloadStats.of_several(by_model, group.budget)
+    host_limit = group.policy.host_limit_bytes
+    return OffloadStats.of_several(by_model, group.budget, host_limit)
 
 
 def report(model: nn.Module) -> Report:

@@ -11,6 +11,9 @@ from torch import nn
 
 from .budget import BudgetExceededError, MemoryBudget, format_gib
 from .calls import CallTracker
+from .safetensors_header import CheckpointError
+from .tensor_bytes import distinct_bytes
+from .tiers import host_shares
 from .use_order import UseOrder
 
 if TYPE_CHECKING:
@@ -43,8 +46,11 @@ class Group:
     member that calls another one in its own forward is not idle: it keeps all it has
     unless the other one could not run at all.
 
+    What waits in host RAM stays there while its model is idle, so a host limit is
+    divided once, by the sizes of the models.
+
     Args:
-        policy: the limit.
+        policy: the limits.
         models: the models by name.
     """
 
@@ -54,6 +60,7 @@ class Group:
         self.budget = MemoryBudget(policy.limit_bytes or None)
         modules = (id(m) for model in models.values() for m in model.modules())
         self.turns = CallTracker(frozenset(modules))
+        self._sizes = {n: distinct_bytes(m.parameters()) for n, m in models.items()}
         self.order = UseOrder()
         self.members: dict[str, Session] = {}
         self.page_locks: list[PageLock] = []
@@ -178,21 +185,28 @@ class Group:
         self._evict(self._idle(session), lambda: False)
         return self.budget.used < before
 
-    def set_limit(self, limit_bytes: int | None) -> None:
-        """Keep another limit.
+    def share(self, name: str, policy: ResolvedPolicy) -> ResolvedPolicy:
+        """Return the policy of one member: with its share of the host limit."""
+        shares = host_shares(policy.host_limit_bytes, self._sizes)
+        return replace(policy, host_limit_bytes=shares[name])
+
+    def set_limits(self, policy: ResolvedPolicy) -> None:
+        """Keep the limits of another policy.
 
         Raises:
-            BudgetExceededError: It is below the least of a member; the old one stands.
+            BudgetExceededError: They are below the least of a member; the old ones
+                stand.
+            CheckpointError: The disk refuses; the old limits stand.
         """
-        policy = replace(self.policy, limit_bytes=limit_bytes)
+        limit_bytes = policy.limit_bytes
         done: list[Session] = []
         try:
             for session in self.sessions:
-                session.plan_for(policy)
+                session.plan_for(self.share(self.name_of(session), policy))
                 done.append(session)
-        except BudgetExceededError as error:
+        except (BudgetExceededError, CheckpointError) as error:
             for session in done:
-                session.plan_for(self.policy)
+                session.plan_for(self.share(self.name_of(session), self.policy))
             name = self.name_of(self.sessions[len(done)])
             error.args = (f"{name}: {error}",)
             raise

@@ -217,6 +217,10 @@ class PassPlanner:
             raise
         self._warned = False
 
+    def follow(self, policy: ResolvedPolicy) -> None:
+        """Take a policy for layers that are told next, with `set_assembly`."""
+        self._policy, self._ceiling = policy, None
+
     def set_adapter_bytes(self, nbytes: int) -> None:
         """Plan beside so many bytes of adapters, which are always on the device.
 

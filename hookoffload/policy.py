@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ class ResolvedPolicy:
             None: all wait where `onload` says.
         record: Whether to note what happens in a run.
         codec: How weights that wait in host RAM are coded: "lossless", "auto" or None.
+        asked: The policy that was resolved.
     """
 
     limit_bytes: int | None
@@ -68,6 +69,37 @@ class ResolvedPolicy:
     host_limit_bytes: int | None
     record: bool
     codec: Literal["lossless", "auto"] | None = None
+    asked: OffloadPolicy = field(compare=False, repr=False)
+
+    def with_limits(
+        self,
+        limit_gb: float | Literal["auto", "same"] | None,
+        host_limit_gb: float | Literal["same"] | None,
+    ) -> ResolvedPolicy:
+        """Returns the policy with other limits; "same" keeps one.
+
+        Raises:
+            ValueError: A limit is no size, or contradicts what else was asked for.
+        """
+        wanted: dict[str, Any] = {}
+        if limit_gb != "same":
+            wanted["limit_gb"] = limit_gb
+        if host_limit_gb != "same":
+            wanted["host_limit_gb"] = host_limit_gb
+        # The device is that of before, whichever the default has become; a folder is
+        # no contradiction where nothing is on disk any more.
+        asked = replace(self.asked, compute_device=self.compute_device, disk_dir=None)
+        asked = replace(asked, **wanted)
+        found = asked.resolve()
+        same = limit_gb == "same"
+        return replace(
+            self,
+            limit_bytes=self.limit_bytes if same else found.limit_bytes,
+            host_limit_bytes=found.host_limit_bytes,
+            offload=found.offload,
+            onload=found.onload,
+            asked=asked,
+        )
 
     def rests(self, *, on_disk: bool) -> Placement:
         """Returns where a master rests while its model is not needed.
@@ -329,6 +361,7 @@ class OffloadPolicy:
             host_limit_bytes=None if host is None else to_bytes(host),
             record=self.record,
             codec=self.codec,
+            asked=self,
         )
 
     def _placements(

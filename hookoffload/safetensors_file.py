@@ -256,6 +256,22 @@ class CheckpointFile(OpenedFile):
         ):
             pass
 
+    def reopened(self) -> CheckpointFile | None:
+        """Returns the file open, if it is still what it was when it was opened first.
+
+        Returns:
+            This object, or another one if it was closed; None for a file that is gone,
+            was changed or replaced.
+        """
+        file = self
+        try:
+            if self._fd < 0:
+                file = CheckpointFile(self.path, writable_shared=self.writable_shared)
+            self.check_unchanged()
+        except CheckpointError:
+            return None
+        return file
+
     def close(self) -> None:
         """Closes the descriptor; tensors from `mapped` stay valid."""
         super().close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import TypeVar
@@ -45,10 +44,12 @@ from .registered import check_packed, check_tensors, unreadable_at_rest
 from .root_hooks import RootHooks
 from .run_report import Report, make_report
 from .safetensors_file import TensorLocation
+from .safetensors_header import CheckpointError
 from .site_making import make_entries, make_sites
 from .state_hooks import StateHooks
 from .stats import OffloadStats
 from .store import Store
+from .tier_changes import Tiers
 
 logger = logging.getLogger(__name__)
 
@@ -402,37 +403,78 @@ class Session(NotCopied):
 
     # -- changes --------------------------------------------------------------------
 
-    def set_limit(self, limit_bytes: int | None) -> None:
-        """Keep another limit from the next pass on.
+    def set_limits(self, policy: ResolvedPolicy) -> None:
+        """Keep the limits of another policy from the next pass on.
 
         Raises:
-            BudgetExceededError: It is below the least; the old limit stands.
+            BudgetExceededError: They are below the least; the old ones stand.
+            CheckpointError: The disk refuses; the old limits stand.
         """
-        self.plan_for(replace(self.policy, limit_bytes=limit_bytes))
-        self.budget.set_limit(limit_bytes or None)
-        if limit_bytes and self.budget.used > limit_bytes:
+        self.plan_for(policy)
+        limit = policy.limit_bytes
+        self.budget.set_limit(limit or None)
+        if limit and self.budget.used > limit:
             self.mover.apply(self.plan)  # give the memory back now
 
     def plan_for(self, policy: ResolvedPolicy) -> None:
-        """Plan for a policy that has another limit.
+        """Plan for a policy that has other limits.
 
         Raises:
-            BudgetExceededError: It is below the least; the old limit stands.
+            BudgetExceededError: They are below the least; the old ones stand.
+            CheckpointError: The disk refuses; the old limits stand.
         """
+        anew = policy.host_limit_bytes != self.policy.host_limit_bytes
         bundles = self.passes.bundles
         wanted = self.passes.bundles_at(policy)
-        if wanted != bundles:
-            self.passes.set_bundles(())  # they can need more than the limit to come
+        # They can need more than the limit to come, and lie in several tiers.
+        apart = bool(bundles) if anew else wanted != bundles
+        if apart:
+            self.passes.set_bundles(())
         try:
-            self.planner.set_limit(policy)
-        except BudgetExceededError:
-            if wanted != bundles:
+            if anew:
+                self._divide_anew(policy)
+            else:
+                self.planner.set_limit(policy)
+        except (BudgetExceededError, CheckpointError):
+            if apart:
                 self.passes.set_bundles(bundles)
             raise
         self.policy = policy
-        if wanted != bundles:
+        if wanted != self.passes.bundles:
             self.passes.set_bundles(wanted)
         self.hooks.hang_all()
+
+    def _divide_anew(self, policy: ResolvedPolicy) -> None:
+        """Have layers wait in other tiers, or in the old ones if that fails."""
+        self.offload()
+        with torch.inference_mode(False):
+            if self.inventory.replaced():
+                self.take_over_replaced()
+            self.store.note_private_writes()
+            masters, old = self._moved_masters, self.policy
+            before = Tiers.as_they_are(masters)
+            found = partition(self.model, self.map, self.passes.joined)
+            after = Tiers.for_policy(masters, found, policy)
+            self._page_lock.unlock(self.store.masters)
+            try:
+                self._divide(policy, after)
+            except BaseException:
+                self._divide(old, before)
+                raise
+            finally:
+                if self.waits_where_it_rests:
+                    self._page_lock.lock(self.store.masters)
+
+    def _divide(self, policy: ResolvedPolicy, tiers: Tiers) -> None:
+        """Have masters at rest in their tiers, and layers made of them."""
+        tiers.apply()
+        self.policy = policy
+        self.planner.follow(policy)
+        self.mover.copies.host_limit_bytes = policy.host_limit_bytes
+        self.rebuild()
+        for tier in _TIERS:
+            self.store.adopt(self._tier(tier), policy.rests(on_disk=tier))
+        self.store.choose_reads()
 
     def keep_to_plan(self) -> None:
         """Give up at once what a plan that has changed does not keep."""

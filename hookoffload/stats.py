@@ -33,8 +33,8 @@ class OffloadStats:
         decoded_bytes: Bytes of the same weights when they are decoded.
         decode_seconds: Seconds that a pass takes to decode what it copies, at the rate
             that was measured on this device; None where that was not measured.
-        by_model: Of several models that share a limit, the figures of each; the peak
-            and the limit are those of all of them.
+        by_model: Of several models that share limits, the figures of each; the peak
+            and its limit are those of all of them, the host limit is each one's share.
     """
 
     forwards: int
@@ -57,9 +57,12 @@ class OffloadStats:
 
     @classmethod
     def of_several(
-        cls, by_model: dict[str, OffloadStats], budget: MemoryBudget
+        cls,
+        by_model: dict[str, OffloadStats],
+        budget: MemoryBudget,
+        host_limit_bytes: int | None,
     ) -> OffloadStats:
-        """Add up the figures of models that share a budget."""
+        """Add up the figures of models that share a budget and a host limit."""
         each = list(by_model.values())
         return cls(
             forwards=sum(stats.forwards for stats in each),
@@ -71,6 +74,10 @@ class OffloadStats:
             hits=sum(stats.hits for stats in each),
             misses=sum(stats.misses for stats in each),
             peak_by_kind=budget.peak_by_kind(),
+            host_bytes=sum(stats.host_bytes for stats in each),
+            host_limit_bytes=host_limit_bytes,
+            disk_bytes=sum(stats.disk_bytes for stats in each),
+            bytes_read=sum(stats.bytes_read for stats in each),
             coded_bytes=sum(stats.coded_bytes for stats in each),
             decoded_bytes=sum(stats.decoded_bytes for stats in each),
             by_model=by_model,

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .host_memory import reclaimable_memory
 from .master import Master
+from .origins import Origins
 from .placement import Placement
 from .private_pages import written_privately
 from .progress import progress_bar
@@ -45,6 +46,7 @@ class Store:
         self._written = 0  # files, for their names
         self._files = {m.location.file for m in masters if m.location is not None}
         self._mapped: dict[int, tuple[torch.Tensor, TensorLocation]] = {}
+        self._origins = Origins()
 
     def replace_masters(self, masters: Sequence[Master], rests: Rests) -> None:
         """Take over the masters of parameters that replaced others.
@@ -72,9 +74,13 @@ class Store:
             CheckpointError: The folder cannot be written, or has too little room.
         """
         if placement.on_disk:
+            self._origins.take_back(masters)
             self._spill(masters, placement.dtype)
             return
-        self._read(_uncoded_in_files(masters), placement.dtype)
+        waiting = _uncoded_in_files(masters)
+        origins = [(m, m.location) for m in waiting if m.location is not None]
+        self._read(waiting, placement.dtype)
+        self._origins.note(origins)
         self._files = {m.location.file for m in self.masters if m.location is not None}
         self._cast(masters, placement.dtype)
 
@@ -282,6 +288,7 @@ class Store:
             file.close()
         self._files.clear()
         self._mapped.clear()
+        self._origins.forget()
         if self._folder is not None:
             self._folder.remove()
             self._folder = None

@@ -20,6 +20,12 @@ def memory(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
+def distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Returns the bytes of tensors, those of tied ones once."""
+    sizes = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors}
+    return sum(sizes.values())
+
+
 def chunk_sizes(nbytes: int) -> Iterator[int]:
     """Yields the sizes of the chunks, in bytes, that so many bytes are moved in."""
     for done in range(0, nbytes, _CHUNK):

@@ -14,7 +14,7 @@ What no pass visits (tables whose rows are looked up) comes last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from .plan import LayerSpec
@@ -60,6 +60,25 @@ def host_tier(
             break
         chosen.append(index)
     return frozenset(chosen)
+
+
+def host_shares(
+    host_limit: int | None, sizes: Mapping[str, int]
+) -> dict[str, int | None]:
+    """Divides a host limit among models, by their sizes.
+
+    Args:
+        host_limit: The limit in bytes; None: there is none.
+        sizes: The bytes of each model's weights.
+
+    Example:
+        >>> host_shares(30, {"encoder": 20, "transformer": 40})
+        {'encoder': 10, 'transformer': 20}
+    """
+    if host_limit is None:
+        return dict.fromkeys(sizes)
+    total = max(sum(sizes.values()), 1)
+    return {name: host_limit * size // total for name, size in sizes.items()}
 
 
 def host_bytes_left(layers: Sequence[LayerSpec], host_limit: int, device: str) -> int:
