@@ -66,7 +66,6 @@ class Passes:
         """Get ready for one forward of the root; return inputs that were moved."""
         session = self._session
         self._autocast_cache = torch.is_autocast_cache_enabled()
-        session.store.check_unchanged()
         if session.inventory.replaced() and not in_functional_call():
             with torch.inference_mode(False):
                 session.take_over_replaced()

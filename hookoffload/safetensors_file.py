@@ -174,12 +174,7 @@ class CheckpointFile(OpenedFile):
                     "is damaged."
                 ) from error
             if count == 0:
-                cut = _at(position, parts)
-                raise CheckpointError(
-                    f"{self._where(cut)}: the file ends after {position - cut.offset} "
-                    f"of the tensor's {cut.nbytes} bytes; it was cut short since it "
-                    "was opened. Put the original file back, or load the model again."
-                )
+                raise self._cut_short(_at(position, parts), position)
             position += count
             while waiting and count >= len(waiting[0]):
                 count -= len(waiting.pop(0))
@@ -210,19 +205,22 @@ class CheckpointFile(OpenedFile):
 
         Nothing is read before it is touched. In-place changes stay in memory, except
         for a `writable_shared` file, which they reach. The tensor outlives `close`.
-        The process is killed by the system if another program cuts the file short and
-        the lost part is touched: see `check_unchanged`.
+        The process is killed by the system if another program cuts the file short later
+        and the lost part is touched: see `check_unchanged`.
 
         Args:
             location: One of this file's tensors.
 
         Raises:
-            CheckpointError: The system refuses the map.
+            CheckpointError: The file was cut short, or the system refuses the map.
             RuntimeError: The file is closed.
         """
         self._check_ours(location, location.nbytes)
         if location.nbytes == 0:
             return torch.empty(location.shape, dtype=location.dtype)
+        size = os.fstat(self._fd).st_size
+        if size < location.offset + location.nbytes:
+            raise self._cut_short(location, size)
         flat = torch.frombuffer(
             self._mapping(),
             dtype=torch.uint8,
@@ -314,6 +312,14 @@ class CheckpointFile(OpenedFile):
                 f"{self._where(location)}: takes {location.nbytes} bytes, the given "
                 f"tensor has {nbytes}. Pass a tensor of the same size."
             )
+
+    def _cut_short(self, location: TensorLocation, end: int) -> CheckpointError:
+        held = max(end - location.offset, 0)
+        return CheckpointError(
+            f"{self._where(location)}: the file ends after {held} of the tensor's "
+            f"{location.nbytes} bytes; it was cut short since it was opened. Put the "
+            "original file back, or load the model again."
+        )
 
     def _where(self, location: TensorLocation) -> str:
         return f"{self.path}: tensor {location.name!r}"

@@ -319,6 +319,7 @@ class Session(NotCopied):
         """Get ready for calls, of the root or of a part."""
         if self._call_begun:
             return
+        self.store.check_unchanged()
         if self.group is not None:
             self.group.begin(self)
         if not self.all_stay:

@@ -79,11 +79,15 @@ class StateHooks(NotCopied):
 
         Raises:
             RuntimeError: It is to be loaded from inside its own forward.
+            CheckpointError: A file that weights rest in was changed.
         """
         session = self.session
         session.enter_call()
         try:
             inner = 0 < self._under_way == session.calls.depth - 1
+            if not inner:
+                # The system kills a process that touches what was cut off a map.
+                session.store.check_unchanged()
             if loading and not inner:
                 session.require_no_call("load_state_dict")
                 session.rest_everything()
