@@ -124,8 +124,12 @@ class Checkpoint:
         """Says whether the file is there and has the length that it must have."""
         return self.path.is_file() and self.path.stat().st_size == self.file_bytes
 
-    def write(self) -> None:
+    def write(self, *, alike: bool = False) -> None:
         """Writes the file aside and renames it when it is whole.
+
+        Args:
+            alike: Whether all blocks get the same weights. Making random numbers takes
+                longer than writing them.
 
         Raises:
             OSError: The folder cannot be written to, or the disk has too little room.
@@ -145,14 +149,23 @@ class Checkpoint:
             progress_bar("writing the checkpoint", self.tensor_bytes) as bar,
         ):
             file.write(self._header)
+            made: dict[torch.Size, Tensor] = {}
             for shape in self._shapes.values():
-                values = torch.randn(shape, generator=generator).mul_(0.02)
-                if values.dim() == 1:
-                    # The weights and biases of norms: a weight of 0.02 would hide all
-                    # that comes before it.
-                    values.add_(1)
-                raw = values.to(self._dtype).view(torch.uint8).numpy()
+                values = made.get(shape)
+                if values is None:
+                    values = self._values(shape, generator)
+                    if alike:
+                        made[shape] = values
+                raw = values.view(torch.uint8).numpy()
                 bar.update(file.write(raw.data))
+
+    def _values(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        values = torch.randn(shape, generator=generator).mul_(0.02)
+        if values.dim() == 1:
+            # The weights and biases of norms: a weight of 0.02 would hide all that
+            # comes before it.
+            values.add_(1)
+        return values.to(self._dtype)
 
     def _lay_out(self) -> tuple[bytes, int]:
         """Returns what precedes the tensors in the file, and their bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -40,3 +41,43 @@ def test_dit_under_a_limit_gives_the_plain_model_s_output(tmp_path: Path) -> Non
 
     table = [line for line in ended.stdout.splitlines() if line.endswith(" yes")]
     assert [line.split()[0] for line in table] == ["resident", "hookoffload"]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("rss", 1),
+        ("steady", 1),
+        ("tiers", 5),
+        ("loading", 2),
+        ("first", 1),
+        ("others", 4),
+    ],
+)
+def test_rows_of_the_disk_benchmark_measure_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int
+) -> None:
+    if name == "others":
+        pytest.importorskip("accelerate")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from disk_bench import Bench
+    from disk_rows import ROWS
+
+    options = argparse.Namespace(
+        folder=tmp_path,
+        size_gb=0.004,
+        limit_gb=0.003,
+        tokens=4,
+        passes=1,
+        device="cpu",
+        dtype="float32",
+        first_store="cpu",
+    )
+    bench = Bench(options)
+    bench.checkpoint.write(alike=True)
+    rows = ROWS[name](bench)
+    assert len(rows) == count
+    for row in rows:
+        assert row.ratio > 0 and isinstance(row.kept, bool)
+        assert len(f"{row.what:<41} {row.ours:>12}  {row.against:<36}") < 110
+    json.dumps([row.notes for row in rows])
