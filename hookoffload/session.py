@@ -472,6 +472,9 @@ class Session(NotCopied):
         self.policy = policy
         self.planner.follow(policy)
         self.mover.copies.host_limit_bytes = policy.host_limit_bytes
+        if policy.compute_device.type == "cpu":
+            # Others move than before: the order of these says nothing of them.
+            self.mover.set_layers(self.layers, ())
         self.rebuild()
         for tier in _TIERS:
             self.store.adopt(self._tier(tier), policy.rests(on_disk=tier))

@@ -377,15 +377,16 @@ def test_home_that_cannot_be_written_is_replaced_by_a_temporary_folder(
     assert len(warnings) == 1
 
 
+@pytest.mark.parametrize("function", ["pwrite", "fsync", "rename"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_disk_that_is_full_leaves_nothing_behind(
-    path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, function: str, code: int
 ) -> None:
     def fail(*args: Any) -> int:
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as broken, descriptors_kept():
-        broken.setattr(os, "pwrite", fail)
+        broken.setattr(os, function, fail)
         with pytest.raises(CheckpointError, match=r"cache_dir="):
             _load(path, _doubled, cache, a=(4, 6))
     assert not _entries(cache)

@@ -88,6 +88,19 @@ def test_another_host_limit_is_as_if_attached_with_it(
     assert not spilled_bytes(tmp_path / "spill")
 
 
+def test_layers_that_did_not_move_before_are_copied_ahead_too(tmp_path: Path) -> None:
+    model = _attached(tmp_path, True, 6)
+    for layers in (6, None, 0):
+        _set(model, layers)
+        run(model)
+    before = offload_stats(model)
+    run(model)
+    stats = offload_stats(model)
+    assert stats.misses == before.misses == 0
+    assert stats.hits == before.hits + DEPTH
+    detach(model)
+
+
 def test_the_limit_of_the_device_is_kept_and_the_other_way_round(
     tmp_path: Path,
 ) -> None:
