@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from hookoffload import (
@@ -368,3 +369,48 @@ def test_a_disk_that_refuses_one_model_leaves_the_old_limits_of_all(
     for model in models.values():
         assert same_bits(run(model), WANTED)
     detach(models)
+
+
+# -- on an accelerator --------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize("codec", [None, "auto"])
+def test_another_host_limit_on_an_accelerator_gives_the_same_bits(
+    tmp_path: Path, from_file: bool, codec: Any
+) -> None:
+    width, depth = 4096, 8  # 32 MiB each: as many in RAM as the ring leaves room for
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Linear(width, width, bias=False) for _ in range(depth)]
+        return nn.Sequential(*layers).bfloat16()
+
+    x = torch.randn(4, width, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = make().cuda()(x)
+    policy = OffloadPolicy(
+        limit_gb=0, compute_device="cuda", host_limit_gb=0, codec=codec
+    )
+    if from_file:
+        save_file(make().state_dict(), tmp_path / "model.safetensors")
+        model = load_model(make, tmp_path / "model.safetensors", policy)
+    else:
+        model = attach_offload_hooks(make(), policy)
+    in_ram = []
+    for host_mib in (192, None, 0, 240, 128, None, 200):
+        set_limit(model, host_limit_gb=None if host_mib is None else host_mib / 1024)
+        for _ in range(3):
+            with torch.no_grad():
+                assert same_bits(model(x), wanted)
+        stats = offload_stats(model)
+        in_ram.append(depth - stats.disk_bytes // (2 * width * width))
+        if host_mib is None:
+            assert (stats.coded_bytes > 0) == (codec == "auto")
+        elif host_mib:
+            assert stats.host_bytes <= stats.host_limit_bytes
+    assert in_ram == [3, depth, 0, 3, 2, depth, 3]
+    detach(model)
+    with torch.no_grad():
+        assert same_bits(model.cuda()(x), wanted)

@@ -121,6 +121,16 @@ def test_spill_that_nobody_could_read_leaves_the_older_file(tmp_path, no_leak):
     assert path.read_bytes() == b"older"
 
 
+def test_file_that_cannot_be_written_to_its_end_is_removed(
+    tmp_path, monkeypatch, no_leak
+):
+    monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
+    source = Source(torch.ones(3), torch.float32)
+    with pytest.raises(CheckpointError, match=r"Free space there.*or go elsewhere"):
+        write_safetensors(tmp_path / "s", {"x": source}, elsewhere="go elsewhere")
+    assert os.listdir(tmp_path) == []
+
+
 def test_alignment_below_one_byte_is_refused(tmp_path):
     with pytest.raises(ValueError, match="align"):
         write_spill_file(tmp_path / "s.safetensors", {}, align=0)
