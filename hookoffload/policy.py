@@ -171,7 +171,8 @@ class OffloadPolicy:
         host_limit_gb: The most host RAM, in GiB, for weights that wait for their
             forwards and for what is read ahead of them. As many layers as fit wait in
             RAM, spread evenly over the model; the others wait in their files, as with
-            `store="disk"`. Default: no such division. 0: all wait on disk.
+            `store="disk"`. Models that are attached as one share it by their sizes.
+            Default: no such division. 0: all wait on disk.
         debug: Overwrite memory with NaN when a layer is released, so that code which
             keeps a streamed weight beyond its forward computes NaN. Slow.
         record: Note what happens in each pass, for `report(model)`. Costs little.
