@@ -13,6 +13,7 @@ from .policy import OffloadPolicy
 from .refusals import require_no_group_offloading
 from .registered import plain_tensors
 from .state_hooks import owner_of, session_of
+from .wrappers import require_undivided
 
 if TYPE_CHECKING:
     from .session import Session
@@ -47,6 +48,7 @@ def check_model(model: nn.Module) -> None:
                 "(module.compile()), and hooks that come later may not run around "
                 "compiled calls. Attach first, and compile after that"
             )
+    require_undivided(model)
 
 
 def check_owners(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from .containers import tensors_in
 from .plan import Plan
 from .policy import ResolvedPolicy
 from .probe import Probe, hint_at_sideways_reads, reads_of_siblings
+from .wrappers import is_under_fsdp, require_undivided
 
 if TYPE_CHECKING:
     from .session import Session
@@ -66,6 +67,8 @@ class Passes:
         """Get ready for one forward of the root; return inputs that were moved."""
         session = self._session
         self._autocast_cache = torch.is_autocast_cache_enabled()
+        if is_under_fsdp(session.model):
+            require_undivided(session.model)
         if session.inventory.replaced() and not in_functional_call():
             with torch.inference_mode(False):
                 session.take_over_replaced()

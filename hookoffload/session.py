@@ -50,6 +50,7 @@ from .state_hooks import StateHooks
 from .stats import OffloadStats
 from .store import Store
 from .tier_changes import Tiers
+from .wrappers import require_undivided
 
 logger = logging.getLogger(__name__)
 
@@ -493,6 +494,7 @@ class Session(NotCopied):
     def take_over_replaced(self) -> None:
         """Manage parameters that replaced others (``load_state_dict(assign=True)``)."""
         self._untie()  # or one's new bytes would go to the others as well
+        require_undivided(self.model)
         try:
             check_tensors(self.model)
             known = self.inventory.holders

@@ -163,7 +163,8 @@ class StateHooks(NotCopied):
             f"{self.session.label} has offload hooks attached, which decide where its "
             f"tensors lie and in which dtype they compute. Call {self.session.undo} "
             "before .to(), .cuda(), .cpu(), .half() and the like, or say so in the "
-            "policy: OffloadPolicy(compute_device=..., compute_dtype=...)"
+            "policy: OffloadPolicy(compute_device=..., compute_dtype=...). "
+            "Accelerator.prepare leaves it where it is with device_placement=[False]"
         )
 
     @staticmethod
