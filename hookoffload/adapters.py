@@ -234,6 +234,11 @@ class Adapters:
         self._by_module: dict[int, Adapter] = {}
         self._block: Block | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return _total(self._by_module)
+
     def add(self, adapters: Iterable[Adapter]) -> None:
         """Add to what there is, all or none of them.
 

@@ -14,6 +14,7 @@ from torch import nn
 from .budget import GIB
 from .checks import check_model, check_owners, check_policy, warn_of_unmatched
 from .group import Group
+from .joining import Handover, loaded_alone
 from .limits import to_bytes
 from .members import Models, Pipeline, are_several, distinct, group_of, members_of
 from .pipeline_hook import PipelineHook
@@ -61,7 +62,8 @@ def attach_offload_hooks(
         models: any module, its parameters in host RAM (or on a device, from which
             they are taken); a mapping of names to modules; or anything that has one as
             ``.components``, as diffusers' pipelines do. Components that are not
-            modules are left alone.
+            modules are left alone. Those that `load_model` attached join the others
+            from where they lie, in RAM or in their files.
         policy: how much memory, where and in which dtypes; default: unlimited, on the
             accelerator if there is one.
         progress: show bars for what takes longer than a second.
@@ -120,17 +122,26 @@ def _attach_several(
         members = distinct(members_of(models))
         resolved = policy.resolve()
         group = Group(resolved, members)
+        loaded = {n: s for n, m in members.items() if (s := loaded_alone(m))}
         for name, model in members.items():
+            if name not in loaded:
+                with _named(name):
+                    check_model(model)
+                    check_owners(model)
+                    check_tensors(model)
+                    check_packed(model, resolved.compute_device)
+        joined: dict[str, Handover] = {}
+        for name, session in loaded.items():
+            joined[name] = Handover(session)
+            undo.callback(joined[name].take_back)
             with _named(name):
-                check_model(model)
-                check_owners(model)
-                check_tensors(model)
-                check_packed(model, resolved.compute_device)
+                joined[name].begin()
         for name, model in members.items():
+            places = joined[name].locations if name in joined else {}
             with _named(name):
                 shared = group.share(name, resolved)
                 group.members[name] = Session(
-                    model, shared, {}, poison=policy.debug, group=group
+                    model, shared, places, poison=policy.debug, group=group
                 )
         warn_of_unmatched(group.sessions)
         for name, session in group.members.items():
@@ -139,6 +150,8 @@ def _attach_several(
             undo.callback(session.end)
             PipelineHook(session, name).register()
         undo.pop_all()
+        for name, handover in joined.items():
+            handover.done(group.members[name])
 
 
 @contextmanager

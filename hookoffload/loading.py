@@ -145,10 +145,11 @@ def load_model(
         stay = _assign(slots, locations, apart=stays)
         _close_later(opened, stay)
         _attach(model, policy, stay)
+        session = session_of(model)
+        assert session is not None, "it has just been attached"
+        session.loaded = True
         if stays:
             opened.pop_all()
-            session = session_of(model)
-            assert session is not None, "it has just been attached"
             for code in (kept or {}).values():
                 code.close()
             if cache_codes and kept is None and not cache.used_temporary_folder:
@@ -354,6 +355,5 @@ class _Maps:
         if turn == 0:
             return location
         if (file, turn) not in self._again:
-            self._again[file, turn] = CheckpointFile(file.path)
-            file.check_unchanged()
+            self._again[file, turn] = file.opened_again()
         return replace(location, file=self._again[file, turn])

@@ -113,6 +113,7 @@ def group_of(models: Mapping[str, Any] | Pipeline) -> Group | None:
         together = [", ".join(group.members) for group in groups.values()]
         raise RuntimeError(
             f"the models of this {type(models).__name__} are not attached as one: "
-            f"{'; '.join([*alone, *together])}. Call detach on each of these"
+            f"{'; '.join([*alone, *together])}. Call detach on each of these; what "
+            "load_model attached may stay: attach_offload_hooks, given all, takes it in"
         )
     return next(iter(groups.values()), None)

@@ -103,6 +103,22 @@ class CheckpointFile(OpenedFile):
         dtype = dtype_of(code, f"{self.path}: tensor {name!r}")
         return TensorLocation(name, self, dtype, shape, offset, nbytes)
 
+    def opened_again(self) -> CheckpointFile:
+        """Returns the same file, opened once more.
+
+        Raises:
+            CheckpointError: It cannot be opened, or is another one by now.
+        """
+        again = CheckpointFile(self.path)
+        try:
+            self.check_unchanged()
+        except BaseException:
+            again.close()
+            raise
+        # A temporary folder is removed with the object that opened it first.
+        weakref.finalize(again, _forget, self).atexit = False
+        return again
+
     def read_into(
         self, location: TensorLocation, destination: torch.Tensor, start: int = 0
     ) -> None:
@@ -323,6 +339,10 @@ class CheckpointFile(OpenedFile):
 
     def _where(self, location: TensorLocation) -> str:
         return f"{self.path}: tensor {location.name!r}"
+
+
+def _forget(file: CheckpointFile) -> None:
+    pass
 
 
 def _at(

@@ -88,6 +88,8 @@ class Session(NotCopied):
         self.session = self
         self.model = model
         self.group = group
+        self.poison = poison
+        self.loaded = False  # by `load_model`, and attached by that
         self.policy = policy
         self.map = policy.module_map.for_model(model)
         # Quantised for a device whose format their class cannot read in host RAM.

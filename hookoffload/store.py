@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -196,6 +196,18 @@ class Store:
                     continue
                 location.file.write_from(location, master.flat.to(flat.dtype))
             master.become(flat, location)
+
+    def places_in_files(self) -> dict[str, TensorLocation]:
+        """Return where masters lie in files of the user, by name."""
+        return {
+            master.name: master.location
+            for master in self.masters
+            if master.location is not None and not master.location.file.writable_shared
+        }
+
+    def leave_open(self, files: Iterable[CheckpointFile]) -> None:
+        """Have `close` leave these files open: somebody else reads from them."""
+        self._files.difference_update(files)
 
     @property
     def files(self) -> frozenset[CheckpointFile]:
