@@ -128,19 +128,30 @@ def test_activate_gives_the_memory_of_the_others_back() -> None:
         assert torch.cuda.memory_allocated() == before
 
 
-@pytest.mark.parametrize("share", [0.4, 0.8])
-@pytest.mark.parametrize(
-    "name", ["stable diffusion", "stable diffusion xl", "stable diffusion 3", "flux"]
+FAMILIES = (
+    "stable diffusion",
+    "stable diffusion xl",
+    "stable diffusion 3",
+    "flux",
+    "wan",
+    "qwen image",
+    "z image",
+    "ltx",
+    "cogvideox",
 )
+
+
+@pytest.mark.parametrize("share", [0.4, 0.8])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_pipeline_draws_what_it_draws_on_the_gpu(name: str, share: float) -> None:
     pytest.importorskip("diffusers")
-    from tests.test_ecosystem_diffusers import _components, _picture, _pipeline
+    from tests.tiny_pipelines import components_of, picture_of, pipeline
 
-    pipe, options, _ = _pipeline(name, {})
+    pipe, options, _ = pipeline(name, {})
     pipe.to("cuda")
-    want = _picture(pipe, options).cpu()
+    want = picture_of(pipe, options).cpu()
     pipe.to("cpu")
-    components = _components(pipe)
+    components = components_of(pipe)
     before = {key: Picture(component) for key, component in components.items()}
     total = sum(p.nbytes for c in components.values() for p in c.parameters())
     # Tiny weights: room for activations and for cuBLAS's workspaces beside a share.
@@ -158,7 +169,7 @@ def test_a_pipeline_draws_what_it_draws_on_the_gpu(name: str, share: float) -> N
             assert pipe._execution_device == torch.device("cuda", 0)
             for _ in range(2):
                 torch.cuda.reset_peak_memory_stats()
-                assert same_bits(_picture(pipe, options).cpu(), want)
+                assert same_bits(picture_of(pipe, options).cpu(), want)
                 assert torch.cuda.max_memory_allocated() <= limit * GIB
     for key, component in components.items():
         assert before[key].differences(component) == []
