@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 Made = dict[str, tuple[Any, dict[str, Any], torch.Tensor]]
 
 
-def _tokenizer(length: int = 8) -> Any:
+def tiny_tokenizer(length: int = 8) -> Any:
     """Make a tokenizer that knows a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -87,7 +87,7 @@ def stable_diffusion() -> tuple[Any, dict[str, Any]]:
     pipe = diffusers.StableDiffusionPipeline(
         vae=tiny_vae(4),
         text_encoder=_clip(),
-        tokenizer=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
         unet=tiny_unet(cross_attention_dim=32),
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
@@ -110,8 +110,8 @@ def _stable_diffusion_xl() -> tuple[Any, dict[str, Any]]:
         vae=tiny_vae(4),
         text_encoder=_clip(),
         text_encoder_2=_clip(projected=True),
-        tokenizer=_tokenizer(),
-        tokenizer_2=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=tiny_tokenizer(),
         unet=unet,
         scheduler=diffusers.EulerDiscreteScheduler(),
         add_watermarker=False,
@@ -137,11 +137,11 @@ def _stable_diffusion_3() -> tuple[Any, dict[str, Any]]:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=tiny_vae(4),
         text_encoder=_clip(projected=True),
-        tokenizer=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
         text_encoder_2=_clip(projected=True),
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=tiny_tokenizer(),
         text_encoder_3=_t5(width=64),
-        tokenizer_3=_tokenizer(),
+        tokenizer_3=tiny_tokenizer(),
     )
     options = {"height": 16, "width": 16, "guidance_scale": 3.0}
     return pipe, {**options, "max_sequence_length": 8}
@@ -164,9 +164,9 @@ def _flux() -> tuple[Any, dict[str, Any]]:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=tiny_vae(4),
         text_encoder=_clip(),
-        tokenizer=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
         text_encoder_2=_t5(),
-        tokenizer_2=_tokenizer(),
+        tokenizer_2=tiny_tokenizer(),
         transformer=transformer,
     )
     return pipe, {"height": 16, "width": 16, "max_sequence_length": 8}
@@ -191,7 +191,7 @@ def _wan() -> tuple[Any, dict[str, Any]]:
         base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1
     )
     pipe = diffusers.WanPipeline(
-        tokenizer=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
         text_encoder=_t5("UMT5"),
         vae=vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
@@ -244,7 +244,7 @@ def _qwen_image() -> tuple[Any, dict[str, Any]]:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=vae,
         text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
-        tokenizer=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
         transformer=transformer,
     )
     options = {"height": 16, "width": 16, "negative_prompt": "w2"}
@@ -272,7 +272,7 @@ def _z_image() -> tuple[Any, dict[str, Any]]:
         num_key_value_heads=2,
         head_dim=8,
     )
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     pipe = diffusers.ZImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
@@ -310,7 +310,7 @@ def _ltx() -> tuple[Any, dict[str, Any]]:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=vae,
         text_encoder=_t5(),
-        tokenizer=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
         transformer=transformer,
     )
     options = {"height": 32, "width": 32, "num_frames": 9, "guidance_scale": 3.0}
@@ -340,7 +340,7 @@ def _cogvideox() -> tuple[Any, dict[str, Any]]:
         norm_num_groups=2,
     )
     pipe = diffusers.CogVideoXPipeline(
-        tokenizer=_tokenizer(),
+        tokenizer=tiny_tokenizer(),
         text_encoder=_t5(),
         vae=vae,
         transformer=transformer,
