@@ -7,9 +7,11 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from tests.sweep.__main__ import compact_table
 from tests.sweep.classes import LIBRARIES, class_names, try_class
+from tests.sweep.pool import Task, run_tasks
 from tests.sweep.recipe import Recipe
-from tests.sweep.trial import Place, run_trial
+from tests.sweep.trial import Place, Result, run_trial
 
 _SAMPLE = {
     "transformers": (
@@ -44,6 +46,18 @@ def test_model_class_computes_the_same_in_a_third_of_its_size(
     result = try_class(library, name, Place())
     assert result.outcome == "equal", result.reason
     assert 0 < result.peak <= result.limit
+    assert result.moved > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("library", "name"), _CASES, ids=[n for _, n in _CASES])
+def test_model_class_computes_the_same_on_a_gpu_from_ram_in_bf16(
+    library: str, name: str
+) -> None:
+    pytest.importorskip(library)
+    place = Place(device="cuda", dtype=torch.bfloat16)
+    result = try_class(library, name, place)
+    assert result.outcome == "equal", result.reason
     assert result.moved > 0
 
 
@@ -92,6 +106,27 @@ def test_a_class_that_computes_something_else_has_failed() -> None:
     result = run_trial("_TellsApart", recipe, Place())
     assert result.outcome == "failed"
     assert "forward 1" in result.reason
+
+
+def test_a_sweep_stops_when_its_time_is_over() -> None:
+    tasks = [Task(library="transformers", name="BartModel", place=Place())]
+    assert list(run_tasks(tasks, jobs=1, timeout=60, most=0)) == []
+
+
+def test_the_compact_table_has_figures_of_what_ran_and_names_of_what_did_not() -> None:
+    ran = Result(
+        name="BartModel",
+        outcome="equal",
+        size=100 * 2**10,
+        limit=38 * 2**10,
+        beside=8 * 2**10,
+        peak=36 * 2**10,
+        moved=300 * 2**10,
+    )
+    refused = Result(name="OtherModel", outcome="refused", reason="because")
+    table = compact_table([("transformers", ran), ("transformers", refused)])
+    assert "| BartModel | 100 | 30% | 28 | 300 |" in table
+    assert table.endswith("refused: OtherModel")
 
 
 def _seeded(cls: type[nn.Module]) -> nn.Module:

@@ -39,6 +39,7 @@ def prepare_process(most_bytes: int) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as it lives)
+    torch.backends.cudnn.deterministic = True  # or a class differs from run to run
     if not torch.cuda.is_available():  # CUDA reserves far more than it takes
         import resource
 

@@ -61,7 +61,7 @@ class _Worker:
 
 
 def run_tasks(
-    tasks: Sequence[Task], *, jobs: int, timeout: float
+    tasks: Sequence[Task], *, jobs: int, timeout: float, most: float | None = None
 ) -> Iterator[tuple[Task, Result]]:
     """Try classes in worker processes, and yield what comes of each when it is there.
 
@@ -69,11 +69,15 @@ def run_tasks(
         tasks: the classes.
         jobs: worker processes at a time.
         timeout: seconds for one class.
+        most: seconds for all; what is not done by then is left out.
     """
+    end = None if most is None else time.monotonic() + most
     waiting = list(reversed(tasks))
     workers: list[_Worker] = []
     try:
         while waiting or any(worker.task for worker in workers):
+            if end is not None and time.monotonic() >= end:
+                return
             while waiting and len(workers) < jobs:
                 workers.append(_Worker())
             for worker in workers:
@@ -84,7 +88,9 @@ def run_tasks(
                 if finished is None:
                     continue
                 yield finished
-                if worker.task is not None or worker.done >= _CLASSES_A_WORKER:
+                # Behind an error of the device, each call of the process has one.
+                broken = worker.task is not None or "CUDA error" in finished[1].reason
+                if broken or worker.done >= _CLASSES_A_WORKER:
                     worker.end()
                     workers.remove(worker)
             busy: list[Connection] = [w.pipe for w in workers if w.task is not None]

@@ -44,6 +44,8 @@ class Result:
         reason: why it is not equal; empty if it is.
         size: bytes of parameters and buffers.
         limit: bytes of the limit.
+        beside: bytes of it for what an accelerator holds beside weights: activations,
+            and workspaces of its libraries.
         least: whether the limit is the least that the model needs, which is more than
             30% of its size.
         peak: bytes held against the limit.
@@ -57,6 +59,7 @@ class Result:
     reason: str = ""
     size: int = 0
     limit: int = 0
+    beside: int = 0
     least: bool = False
     peak: int = 0
     moved: int = 0
@@ -73,19 +76,22 @@ class Place:
     """Where a trial runs.
 
     Attributes:
-        device: "cpu" (weights rest on disk) or an accelerator (they rest in RAM).
+        device: "cpu" or an accelerator.
         dtype: of the weights; None leaves them as the library makes them.
         module_map: what the policy says of layers; None leaves it to the rules.
+        rests: where weights rest; None: on disk for a CPU, which computes with what is
+            in RAM where it lies, and in RAM for an accelerator.
     """
 
     device: str = "cpu"
     dtype: torch.dtype | None = None
     module_map: Mapping[str, Any] | None = None
+    rests: Literal["cpu", "disk"] | None = None
 
     @property
     def store(self) -> Literal["cpu", "disk"]:
         """Where layers rest."""
-        return "disk" if self.device == "cpu" else "cpu"
+        return self.rests or ("disk" if self.device == "cpu" else "cpu")
 
 
 class _NothingToCompareError(Exception):
@@ -142,7 +148,7 @@ def _run_attached(
     """Attach with 30% of the size, or with the least if that is more."""
     model = _built(recipe, place)
     # On an accelerator the limit holds for all that the process has there.
-    beside = plain.activations + _held(place)
+    beside = about["beside"] = plain.activations + _held(place)
     limit = int(SHARE * about["size"]) + beside
     try:
         try:
