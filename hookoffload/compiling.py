@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 
 HookT = TypeVar("HookT", bound=Callable[..., Any])
@@ -28,6 +30,23 @@ def outside_graphs(hook: HookT) -> HookT:
 
     disabled: HookT = torch.compiler.disable(run)
     return disabled
+
+
+def run_uncompiled(model: nn.Module) -> AbstractContextManager[Any] | None:
+    """Have parts that were compiled run as they were written, until it is left.
+
+    Dynamo would trace a probe into its graphs, and around their ends it mixes up modes
+    of PyTorch that are active: results were wrong.
+
+    Returns:
+        What to leave by its ``__exit__``; None if there is nothing to be done.
+    """
+    if dynamo_is_at_work():  # a whole model is compiled, and it is too late
+        return None
+    if all(module._compiled_call_impl is None for module in model.modules()):
+        return None
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def dynamo_is_at_work() -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .budget import BudgetExceededError
 from .calls import count_calls
+from .compiling import run_uncompiled
 from .layer import Layer
 from .refusals import NotCopied
 
@@ -104,6 +106,7 @@ class Probe(TorchFunctionMode):
         self._on = False  # looking
         self._pushed = False  # on PyTorch's stack of modes
         self._away = 0
+        self._stance: AbstractContextManager[Any] | None = None
         self.joined: list[tuple[str, str]] = []
         self.enclosing: dict[str, frozenset[str]] = {}
 
@@ -126,6 +129,7 @@ class Probe(TorchFunctionMode):
             )
         self._stack = [("", [])]
         self._aside = 0
+        self._stance = run_uncompiled(self.session.model)
         self._push()
         self._on = True
 
@@ -145,6 +149,9 @@ class Probe(TorchFunctionMode):
                 self.session.release(layer)
         self._pull()
         self._on = False
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
         return self.joined
 
     def abandon(self) -> None:
@@ -209,8 +216,8 @@ class Probe(TorchFunctionMode):
     ) -> Any:
         """Bind what the call uses, then make the call."""
         kwargs = kwargs or {}
-        if not self._on or self._away:
-            return func(*args, **kwargs)
+        if torch.compiler.is_compiling() or not self._on or self._away:
+            return func(*args, **kwargs)  # Dynamo traces this with tensors of its own
         if not kwargs and self._layers.keys().isdisjoint(map(id, args)):
             for value in args:
                 if isinstance(value, list | tuple):

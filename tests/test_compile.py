@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,41 @@ def test_model_compiled_behind_attach_computes_the_same(
     assert offload_stats(model).forwards == 3 + warm
     detach(model)
     assert_same(run(model, x), expected)
+
+
+def test_repeated_blocks_compiled_before_the_first_forward_compute_the_same(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("diffusers")
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+    places = torch.cartesian_prod(*map(torch.arange, (1, 2, 2)))
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 16),
+        "encoder_hidden_states": torch.randn(1, 3, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": places.float(),
+        "txt_ids": torch.zeros(3, 3),
+        "return_dict": False,
+    }
+    expected = run(partial(model, **inputs))[0]
+    attach_offload_hooks(model, on_disk(tmp_path))
+    model.compile_repeated_blocks(backend="eager")
+    # Dynamo traced what watches the first pass into its graphs.
+    assert_same(run(partial(model, **inputs))[0], expected)
+    detach(model)
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="None counts no references")
