@@ -7,7 +7,9 @@ from itertools import chain
 from typing import Any, Protocol, TypeGuard
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from .codec import is_movable
 from .group import Group
 from .registered import plain_tensors
 from .state_hooks import session_of
@@ -77,6 +79,8 @@ def distinct(members: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         for part, module in model.named_modules():
             _claim(modules, id(module), name, f"{name}.{part}" if part else name)
         for part, tensor in plain_tensors(model):
+            if is_lazy(tensor) or not is_movable(tensor):
+                continue  # `check_tensors` refuses it, and names it
             storage = tensor.untyped_storage()
             if storage.nbytes() and not tensor.is_meta:
                 key = (tensor.device, storage.data_ptr())

@@ -269,6 +269,35 @@ def test_a_classification_pipeline_runs_with_an_attached_model() -> None:
         assert pipe(texts, top_k=3) == want
 
 
+def test_features_of_both_towers_are_the_same() -> None:
+    text = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "bos_token_id": 94,
+        "eos_token_id": 95,
+    }
+    vision = {**text, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(config).eval()
+    ids, picture = torch.tensor([[1, 2, 3, 95]]), torch.randn(1, 3, 16, 16)
+
+    @torch.no_grad()
+    def features() -> list[torch.Tensor]:
+        found = (model.get_text_features(ids), model.get_image_features(picture))
+        # Releases differ in what they return.
+        return [f if isinstance(f, torch.Tensor) else f.pooler_output for f in found]
+
+    want = features()
+    with offloaded(model, **_tight(model)):
+        for _ in range(2):
+            assert all(map(same_bits, features(), want))
+        assert offload_stats(model).bytes_moved > 0
+
+
 @pytest.mark.parametrize("make", [gpt2, t5])
 @_LIMITS
 def test_save_pretrained_of_an_attached_model_writes_the_same(
