@@ -48,6 +48,13 @@ def check_model(model: nn.Module) -> None:
                 "(module.compile()), and hooks that come later may not run around "
                 "compiled calls. Attach first, and compile after that"
             )
+        if type(module).__name__ == "OptimizedModule":
+            logger.warning(
+                "%s was compiled as a whole (torch.compile) and moves as one layer: "
+                "all of its weights are on the compute device during its forward. "
+                "Attach first and compile after that, or compile its blocks",
+                name or "the model",
+            )
     require_undivided(model)
 
 

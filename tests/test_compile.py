@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
-from hookoffload import attach_offload_hooks, detach, offload_stats
+from hookoffload import (
+    attach_offload_hooks,
+    detach,
+    offload,
+    offload_plan,
+    offload_stats,
+    set_limit,
+)
 from tests.samples import Block, Stack
 from tests.small_models import assert_same, on_disk, run
 
@@ -98,6 +106,40 @@ def test_repeated_blocks_compiled_before_the_first_forward_compute_the_same(
     model.compile_repeated_blocks(backend="eager")
     # Dynamo traced what watches the first pass into its graphs.
     assert_same(run(partial(model, **inputs))[0], expected)
+    detach(model)
+
+
+def test_other_limits_compile_nothing_anew(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Stack(depth=2)
+    x = torch.randn(2, 32)
+    expected = run(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path))
+    _blocks(model)
+    for _ in range(3):
+        assert_same(run(model, x), expected)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    for limit in (0.8 * size / 2**30, 0.5 * size / 2**30, None, 0):
+        set_limit(model, limit)
+        for _ in range(2):
+            assert_same(run(model, x), expected)
+    offload(model)
+    assert_same(run(model, x), expected)
+    assert counters["stats"]["unique_graphs"] == graphs
+    detach(model)
+
+
+def test_a_model_that_was_compiled_as_a_whole_is_said_to_be_one_layer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = torch.compile(Stack(), backend="eager")
+    expected = run(model, torch.ones(2, 32))
+    attach_offload_hooks(model, on_disk(tmp_path))
+    assert "the model was compiled as a whole" in caplog.text
+    assert len(offload_plan(model).layers) == 1
+    assert_same(run(model, torch.ones(2, 32)), expected)
     detach(model)
 
 
