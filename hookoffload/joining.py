@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from .registered import group_tensors
 from .safetensors_file import CheckpointFile, TensorLocation
 from .session import Session
 from .state_hooks import session_of
@@ -55,7 +56,13 @@ class Handover:
                     "clear_lora(model), attach all models, and add the LoRAs again"
                 )
             old.offload()  # what waits in RAM and rests in a file lies there again
-            self._left = old.store.places_in_files()
+            names = {id(m.tensor): m.name + m.path for m in group_tensors(old.model)[0]}
+            self._left = {
+                names[id(member.tensor)]: master.location
+                for master in old.store.masters_in_files()
+                for member in master.members[:1]
+                if master.location is not None and id(member.tensor) in names
+            }
             again: dict[CheckpointFile, CheckpointFile] = {}
             for name, location in self._left.items():
                 file = location.file

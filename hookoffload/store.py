@@ -197,13 +197,13 @@ class Store:
                 location.file.write_from(location, master.flat.to(flat.dtype))
             master.become(flat, location)
 
-    def places_in_files(self) -> dict[str, TensorLocation]:
-        """Return where masters lie in files of the user, by name."""
-        return {
-            master.name: master.location
+    def masters_in_files(self) -> list[Master]:
+        """Return the masters that lie in files of the user."""
+        return [
+            master
             for master in self.masters
             if master.location is not None and not master.location.file.writable_shared
-        }
+        ]
 
     def leave_open(self, files: Iterable[CheckpointFile]) -> None:
         """Have `close` leave these files open: somebody else reads from them."""

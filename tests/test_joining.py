@@ -26,9 +26,11 @@ from hookoffload import (
     load_model,
     offload_plan,
     offload_stats,
+    save_model,
     set_limit,
 )
 from hookoffload.state_hooks import session_of
+from tests.quantised_models import coded, rows
 from tests.samples import (
     GIB,
     Picture,
@@ -209,6 +211,20 @@ def test_what_was_written_to_a_loaded_model_joins_with_it(
     assert same_bits(run(loaded, X), run(changed, X))
 
 
+def test_a_parameter_that_replaced_a_loaded_one_joins_in_its_place(
+    tmp_path: Path,
+) -> None:
+    loaded, changed = _loaded(tmp_path), _source(8)
+    new = torch.randn(WIDTH, WIDTH)
+    for model in (loaded, changed):
+        model[3].weight = nn.Parameter(new.clone())
+    models = {"loaded": loaded, "module": _source(5)}
+    attach_offload_hooks(models, _policy(6))
+    assert same_bits(run(loaded, X), run(changed, X))
+    detach(models)
+    assert same_bits(run(loaded, X), run(changed, X))
+
+
 def test_a_converted_checkpoint_in_a_temporary_folder_stays_while_it_is_read(
     tmp_path: Path,
 ) -> None:
@@ -229,6 +245,26 @@ def test_a_converted_checkpoint_in_a_temporary_folder_stays_while_it_is_read(
     for _ in range(2):
         assert same_bits(run(loaded, X), run(source, X))
     detach(models)
+
+
+def test_parts_of_quantised_weights_are_read_from_the_file_as_before(
+    tmp_path: Path,
+) -> None:
+    source, x = coded(), rows()
+    want = run(source, x)
+    save_model(source, tmp_path / "model.safetensors")
+    loaded = load_model(coded, tmp_path / "model.safetensors", _policy(400))
+    read = offload_stats(loaded).disk_bytes
+    models = {"loaded": loaded, "module": _source(5)}
+    attach_offload_hooks(models, _policy(400))
+    for _ in range(2):
+        assert same_bits(run(loaded, x), want)
+    assert offload_stats(loaded).disk_bytes == read
+    session = session_of(loaded)
+    assert session is not None
+    assert len(session.store.masters_in_files()) == len(session.store.masters)
+    detach(models)
+    assert same_bits(run(loaded, x), want)
 
 
 def test_a_checkpoint_that_has_changed_does_not_join(tmp_path: Path) -> None:
