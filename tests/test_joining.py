@@ -136,6 +136,31 @@ def test_weights_that_lie_in_the_checkpoint_are_not_written_again(
     detach(models)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_loaded_model_that_is_coded_joins_and_is_coded_again(
+    cached: bool, tmp_path: Path
+) -> None:
+    source = _source(8).to(torch.bfloat16)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    x = X.to(torch.bfloat16)
+    want = run(source, x)
+    policy = _policy(20, store="cpu", codec="lossless")
+    for _ in range(2):
+        loaded = load_model(
+            lambda: linears(WIDTH, 8).to(torch.bfloat16),
+            tmp_path / "model.safetensors",
+            policy,
+            cache_dir=tmp_path / "cache",
+            cache_codes=cached,
+        )
+        models = {"loaded": loaded, "module": _source(5)}
+        attach_offload_hooks(models, policy)
+        for _ in range(2):
+            assert same_bits(run(loaded, x), want)
+        detach(models)
+        assert same_bits(run(loaded, x), want)
+
+
 def test_a_pipeline_of_loaded_models_is_one(tmp_path: Path) -> None:
     pipe = SimpleNamespace(
         components={
