@@ -13,6 +13,7 @@ from torch import nn
 
 from .budget import GIB
 from .checks import check_model, check_owners, check_policy, warn_of_unmatched
+from .figures import report_of, stats_of
 from .group import Group
 from .joining import Handover, loaded_alone
 from .limits import to_bytes
@@ -353,7 +354,7 @@ def set_limit(
         for session in sessions:
             owned.enter_context(session.by_hand("set_limit"))
         if group is None:
-            sessions[0].set_limits(policy)
+            sessions[0].limits.keep(policy)
         else:
             group.set_limits(policy)
 
@@ -473,8 +474,8 @@ def offload_stats(models: Models) -> OffloadStats:
     sessions = _sessions(models, "offload_stats")
     group = sessions[0].group
     if group is None or not are_several(models):
-        return sessions[0].stats()
-    by_model = {n: s.stats() for n, s in group.members.items() if not s.ended}
+        return stats_of(sessions[0])
+    by_model = {n: stats_of(s) for n, s in group.members.items() if not s.ended}
     host_limit = group.policy.host_limit_bytes
     return OffloadStats.of_several(by_model, group.budget, host_limit)
 
@@ -503,7 +504,7 @@ def report(model: nn.Module) -> Report:
     """
     session = _session(model, "report")
     with session.by_hand("report"):
-        return session.report()
+        return report_of(session)
 
 
 def _sessions(models: Models, what: str, or_else: str = "") -> list[Session]:

@@ -23,17 +23,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 
-from .budget import MemoryBudget, format_gib
-from .coding import can_pay, expected_bytes, has_link
+from .budget import BudgetExceededError, MemoryBudget, format_gib
+from .coding import can_pay, expected_bytes, has_link, looked_up, make_codes
 from .layer import Layer
 from .lossless import TIMED_BYTES, decode_seconds, seconds_of
 from .master import Master
 from .mover import LayerMover
 from .plan import Plan
 from .policy import ResolvedPolicy
+
+if TYPE_CHECKING:
+    from .session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +152,36 @@ class PassMeter:
         event = torch.Event(device, enable_timing=True)
         event.record(torch.accelerator.current_stream(device.index))
         return event
+
+
+def code_by(session: Session, measured: MeasuredPass) -> None:
+    """Have the layers coded for which a measured pass says that it pays."""
+    policy, budget, plan = session.policy, session.budget, session.mover.plan
+    assert plan is not None, "what was measured is of a plan"
+    tables = looked_up(session.model.modules())
+    codable = streamed_raw(plan, session.layers, tables)
+    if not codable:
+        return
+    session.mover.drop_all()
+    device = policy.compute_device
+    chosen = choose_masters(measured, plan, codable, device, budget)
+    made = make_codes(chosen, policy, budget)
+    if not made:
+        return
+    try:
+        for master, code in made:
+            master.code_as(code)
+        session.rebuild()
+    except BaseException as error:
+        for master, _ in made:
+            master.forget_code()
+        session.rebuild()
+        if not isinstance(error, BudgetExceededError):
+            raise
+        logger.info("the limit has no room to decode into: %s", error)
+        return
+    session.page_lock.unlock_coded(master for master, _ in made)
+    session.page_lock.lock(session.store.masters)
 
 
 def streamed_raw(

@@ -202,11 +202,11 @@ class Group:
         done: list[Session] = []
         try:
             for session in self.sessions:
-                session.plan_for(self.share(self.name_of(session), policy))
+                session.limits.plan_for(self.share(self.name_of(session), policy))
                 done.append(session)
         except (BudgetExceededError, CheckpointError) as error:
             for session in done:
-                session.plan_for(self.share(self.name_of(session), self.policy))
+                session.limits.plan_for(self.share(self.name_of(session), self.policy))
             name = self.name_of(self.sessions[len(done)])
             error.args = (f"{name}: {error}",)
             raise

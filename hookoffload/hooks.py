@@ -195,7 +195,7 @@ class Site(NotCopied):
             if self.active:
                 self.recover_if_left()
             outermost = session.calls.depth == 1
-            changed = outermost and session.part_changed()
+            changed = outermost and session.edits.part_changed()
         except BaseException:
             session.leave_call()
             raise

@@ -12,6 +12,7 @@ import torch
 from .budget import BudgetExceededError
 from .bundles import BundleChoice, most_bytes
 from .calls import in_functional_call
+from .code_choice import code_by
 from .containers import tensors_in
 from .plan import Plan
 from .policy import ResolvedPolicy
@@ -71,16 +72,16 @@ class Passes:
             require_undivided(session.model)
         if session.inventory.replaced() and not in_functional_call():
             with torch.inference_mode(False):
-                session.take_over_replaced()
+                session.edits.take_over_replaced()
         if moved := session.inventory.given_other_data():
             for master, member in moved:
                 master.check_same(member)
-            session.sync_masters()
-        session.take_over_writes()
+            session.edits.sync_masters()
+        session.edits.take_over_writes()
         measured = session.meter.take()
         if measured is not None and measured.waits:
             with torch.inference_mode(False):
-                session.code_by(measured)
+                code_by(session, measured)
         session.begin_outermost_call()
         if session.group is not None:
             session.group.note(session, "")

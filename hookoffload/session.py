@@ -14,11 +14,12 @@ from torch import nn
 
 from .adapters import Adapters
 from .always import AlwaysResident
-from .budget import BudgetExceededError, MemoryBudget
+from .budget import MemoryBudget
 from .calls import CallTracker, TurnTaker, calls_under_way
-from .code_choice import MeasuredPass, PassMeter, choose_masters, streamed_raw
-from .coding import assemble_coded, looked_up, make_codes, renew_codes
+from .code_choice import PassMeter
+from .coding import assemble_coded, renew_codes
 from .containers import map_tensors
+from .edits import Edits
 from .entry_site import EntrySite
 from .escapes import Escapes
 from .gather import GatherSite
@@ -27,7 +28,7 @@ from .hook_set import HookSet
 from .hooks import Site
 from .inventory import Inventory
 from .layer import Layer
-from .lossless import known_decode_seconds
+from .limit_changes import LimitChanges
 from .master import Master
 from .mover import LayerMover
 from .partition import Partition, partition
@@ -40,17 +41,12 @@ from .policy import ResolvedPolicy
 from .probe import Probe
 from .recorder import Recorder
 from .refusals import NotCopied, purge_hooks
-from .registered import check_packed, check_tensors, unreadable_at_rest
+from .registered import unreadable_at_rest
 from .root_hooks import RootHooks
-from .run_report import Report, make_report
 from .safetensors_file import TensorLocation
-from .safetensors_header import CheckpointError
 from .site_making import make_entries, make_sites
 from .state_hooks import StateHooks
-from .stats import OffloadStats
 from .store import Store
-from .tier_changes import Tiers
-from .wrappers import require_undivided
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +112,15 @@ class Session(NotCopied):
         self.entries: list[EntrySite] = []
         self.root_site: Site | None = None
         self.layers: list[Layer]
-        self._moved_masters: list[Master]
+        self.moved_masters: list[Master]
         self.always: AlwaysResident
         self.atomic: frozenset[int]  # ids of modules that move with their subtree
         self.inside_atomic: frozenset[int]
         self.read_in_place: set[int]  # ids of tables that are never brought in
-        self._masters: dict[int, Master] = {}
+        self.masters: dict[int, Master] = {}
         self._copied: frozenset[int]  # ids of masters that are not used where they rest
-        self._parted: list[Master] = []  # of tensors that left their master
+        self.edits = Edits(self)
+        self.limits = LimitChanges(self)
         self.hooks = HookSet(self)
         self.mover.on_evict = self.hooks.layer_evicted
         if group is not None:
@@ -141,8 +138,8 @@ class Session(NotCopied):
         self.state_hooks = StateHooks(self)
         self.inventory = Inventory()
         self._build(partition(model, self.map))
-        self.store = Store(self._moved_masters, policy.disk_dir)
-        self._page_lock = PageLock(
+        self.store = Store(self.moved_masters, policy.disk_dir)
+        self.page_lock = PageLock(
             policy.compute_device,
             policy.pin_limit_bytes,
             None if group is None else group.page_locks,
@@ -160,7 +157,7 @@ class Session(NotCopied):
             found,
             self.policy,
             self._locations,
-            self._masters,
+            self.masters,
             self.planner,
             self.budget,
         )
@@ -185,10 +182,10 @@ class Session(NotCopied):
         )
         self.atomic = assembly.atomic
         self.inside_atomic = assembly.inside_atomic
-        self._masters = assembly.masters
+        self.masters = assembly.masters
         self.passes.set_layers(moved)
         self.mover.set_layers(assembly.layers, predicted)
-        self._moved_masters = assembly.moved_masters
+        self.moved_masters = assembly.moved_masters
         self._copied = frozenset(
             id(piece.master)
             for layer in (*assembly.layers, assembly.always, assembly.always_cast)
@@ -221,12 +218,10 @@ class Session(NotCopied):
 
     def _begin(self, policy: ResolvedPolicy) -> None:
         try:
-            self._adopt_buffers(self.always.masters)
-            for tier in _TIERS:
-                self.store.adopt(self._tier(tier), policy.rests(on_disk=tier))
-            self.store.choose_reads()
+            self.adopt_buffers(self.always.masters)
+            self.adopt(policy)
             if self.waits_where_it_rests:
-                self._page_lock.lock(self.store.masters)
+                self.page_lock.lock(self.store.masters)
             self.root.register()
             self.hooks.hang_all()
             self._take_stock()
@@ -235,6 +230,12 @@ class Session(NotCopied):
         except BaseException:
             self.end()
             raise
+
+    def adopt(self, policy: ResolvedPolicy) -> None:
+        """Have masters rest where a policy says."""
+        for tier in _TIERS:
+            self.store.adopt(self._tier(tier), policy.rests(on_disk=tier))
+        self.store.choose_reads()
 
     def end(self) -> None:
         """Take the hooks off and give the model back as it was."""
@@ -246,11 +247,11 @@ class Session(NotCopied):
         self.hooks.take_off()
         self.root.remove()
         try:
-            self._untie()
+            self.edits.untie()
             self.mover.drop_all()
             self.always.release()
-            self._page_lock.unlock(self.store.masters)
-            Store([*self.always.masters, *self._parted], None).restore()
+            self.page_lock.unlock(self.store.masters)
+            Store([*self.always.masters, *self.edits.parted], None).restore()
             self.store.restore()
         except Exception:
             self._let_go()  # a disk or a device refused: the hooks go nevertheless
@@ -272,8 +273,8 @@ class Session(NotCopied):
         for site in self.sites:
             site.bundle, site.bundled = None, ()
         self.sites, self.entries, self.root_site = [], [], None
-        self.layers, self._masters, self._moved_masters = [], {}, []
-        self._parted = []
+        self.layers, self.masters, self.moved_masters = [], {}, []
+        self.edits.forget()
         self.mover.set_layers((), ())
         self.store.masters = []
         self.state_hooks.forget()
@@ -294,20 +295,6 @@ class Session(NotCopied):
         if self.calls.depth == 1:
             self._end_outermost_call()
         self.calls.leave()
-
-    def part_changed(self) -> bool:
-        """Take edits over before a part is called by itself, without the root.
-
-        Returns:
-            Whether layers and sites were made anew.
-        """
-        self.take_over_writes()
-        return self._take_over_untied()
-
-    def take_over_writes(self) -> None:
-        """Notice what whoever has a state dict wrote to it."""
-        for written in self.inventory.written_by_holders():
-            self.note_write(written)
 
     def may_be_bound(self, master: Master) -> bool:
         """Tell whether the compute device uses a copy of a master."""
@@ -354,7 +341,7 @@ class Session(NotCopied):
         self.root.forget_calls()
         self._end_outermost_call()
         self.state_hooks.forget_calls()
-        self._untie()  # before what is bound is taken for a forward's doing
+        self.edits.untie()  # before what is bound is taken for a forward's doing
         self.mover.drop_all()
         self.passes.interrupted()
         self.torn = False
@@ -384,9 +371,10 @@ class Session(NotCopied):
                     "thread in the meantime; call attach_offload_hooks first"
                 )
             self.require_no_call(what)
-            self.take_over_writes()  # or they would go with the copies that wait in RAM
+            # Or they would go with the copies that wait in RAM.
+            self.edits.take_over_writes()
             if what != "detach":
-                self._take_over_untied()
+                self.edits.take_over_untied()
             yield
         except BaseException as error:
             self.torn |= not isinstance(error, Exception)
@@ -407,82 +395,6 @@ class Session(NotCopied):
 
     # -- changes --------------------------------------------------------------------
 
-    def set_limits(self, policy: ResolvedPolicy) -> None:
-        """Keep the limits of another policy from the next pass on.
-
-        Raises:
-            BudgetExceededError: They are below the least; the old ones stand.
-            CheckpointError: The disk refuses; the old limits stand.
-        """
-        self.plan_for(policy)
-        limit = policy.limit_bytes
-        self.budget.set_limit(limit or None)
-        if limit and self.budget.used > limit:
-            self.mover.apply(self.plan)  # give the memory back now
-
-    def plan_for(self, policy: ResolvedPolicy) -> None:
-        """Plan for a policy that has other limits.
-
-        Raises:
-            BudgetExceededError: They are below the least; the old ones stand.
-            CheckpointError: The disk refuses; the old limits stand.
-        """
-        anew = policy.host_limit_bytes != self.policy.host_limit_bytes
-        bundles = self.passes.bundles
-        wanted = self.passes.bundles_at(policy)
-        # They can need more than the limit to come, and lie in several tiers.
-        apart = bool(bundles) if anew else wanted != bundles
-        if apart:
-            self.passes.set_bundles(())
-        try:
-            if anew:
-                self._divide_anew(policy)
-            else:
-                self.planner.set_limit(policy)
-        except (BudgetExceededError, CheckpointError):
-            if apart:
-                self.passes.set_bundles(bundles)
-            raise
-        self.policy = policy
-        if wanted != self.passes.bundles:
-            self.passes.set_bundles(wanted)
-        self.hooks.hang_all()
-
-    def _divide_anew(self, policy: ResolvedPolicy) -> None:
-        """Have layers wait in other tiers, or in the old ones if that fails."""
-        self.offload()
-        with torch.inference_mode(False):
-            if self.inventory.replaced():
-                self.take_over_replaced()
-            self.store.note_private_writes()
-            masters, old = self._moved_masters, self.policy
-            before = Tiers.as_they_are(masters)
-            found = partition(self.model, self.map, self.passes.joined)
-            after = Tiers.for_policy(masters, found, policy)
-            self._page_lock.unlock(self.store.masters)
-            try:
-                self._divide(policy, after)
-            except BaseException:
-                self._divide(old, before)
-                raise
-            finally:
-                if self.waits_where_it_rests:
-                    self._page_lock.lock(self.store.masters)
-
-    def _divide(self, policy: ResolvedPolicy, tiers: Tiers) -> None:
-        """Have masters at rest in their tiers, and layers made of them."""
-        tiers.apply()
-        self.policy = policy
-        self.planner.follow(policy)
-        self.mover.copies.host_limit_bytes = policy.host_limit_bytes
-        if policy.compute_device.type == "cpu":
-            # Others move than before: the order of these says nothing of them.
-            self.mover.set_layers(self.layers, ())
-        self.rebuild()
-        for tier in _TIERS:
-            self.store.adopt(self._tier(tier), policy.rests(on_disk=tier))
-        self.store.choose_reads()
-
     def keep_to_plan(self) -> None:
         """Give up at once what a plan that has changed does not keep."""
         if self.mover.plan is not None:
@@ -493,91 +405,14 @@ class Session(NotCopied):
         """Whether every layer is bound between passes, so that no hook is needed."""
         return all(layer.stays_bound or layer.in_place for layer in self.layers)
 
-    def take_over_replaced(self) -> None:
-        """Manage parameters that replaced others (``load_state_dict(assign=True)``)."""
-        self._untie()  # or one's new bytes would go to the others as well
-        require_undivided(self.model)
-        try:
-            check_tensors(self.model)
-            known = self.inventory.holders
-            check_packed(self.model, self.policy.compute_device, known)
-        except ValueError as error:
-            raise RuntimeError(str(error)) from error
-        self.passes.forget_bundles()
-        self.rebuild()
-        self.passes.probe_next()  # new modules may read weights sideways
-        self._page_lock.unlock(self.store.masters)
-        self.store.replace_masters(self._moved_masters, self.policy.rests)
-        if not self.waits_where_it_rests:
-            self.onloaded = False
-        self._page_lock.lock(self.store.masters)
-        self._adopt_buffers(self.always.masters)
-        self._parted = []
-
-    def _take_over_untied(self) -> bool:
-        """Make layers anew if tensors that shared memory do so no longer."""
-        self._untie()
-        untied = bool(self._parted)
-        if untied:
-            with torch.inference_mode(False):
-                self.take_over_replaced()
-        return untied
-
-    def _untie(self) -> None:
-        """Part tensors that were given other data from what they shared memory with.
-
-        ``tensor.data = new`` gives one of them new bytes, and must not change those
-        of the others. New strides need a master of their own as well. The masters of
-        those that are alone now belong to no layer until layers are made anew.
-        """
-        for master, member in self.inventory.given_other_data():
-            if member not in master.members:
-                continue  # parted already, and not yet taken stock of
-            shared = len(master.members) > 1 or member.tensor.stride() != member.stride
-            if shared and master.is_same(member):
-                alone = master.split_off(member)
-                self._parted.append(alone)
-                self._masters[id(member.tensor)] = alone
-                if master.members:
-                    self._masters[id(master.members[0].tensor)] = master
-
     def _take_stock(self) -> None:
-        masters = (*self._moved_masters, *self.always.masters)
+        masters = (*self.moved_masters, *self.always.masters)
         self.inventory.renew(self.model, masters)
 
     @staticmethod
-    def _adopt_buffers(masters: list[Master]) -> None:
+    def adopt_buffers(masters: list[Master]) -> None:
         """Have buffers rest in host RAM: they are small, and forwards write to them."""
         Store([], None).adopt(masters, Placement(device="cpu"))
-
-    def code_by(self, measured: MeasuredPass) -> None:
-        """Have the layers coded for which a measured pass says that it pays."""
-        policy, budget, plan = self.policy, self.budget, self.mover.plan
-        assert plan is not None, "what was measured is of a plan"
-        tables = looked_up(self.model.modules())
-        codable = streamed_raw(plan, self.layers, tables)
-        if not codable:
-            return
-        self.mover.drop_all()
-        device = policy.compute_device
-        chosen = choose_masters(measured, plan, codable, device, budget)
-        made = make_codes(chosen, policy, budget)
-        if not made:
-            return
-        try:
-            for master, code in made:
-                master.code_as(code)
-            self.rebuild()
-        except BaseException as error:
-            for master, _ in made:
-                master.forget_code()
-            self.rebuild()
-            if not isinstance(error, BudgetExceededError):
-                raise
-            logger.info("the limit has no room to decode into: %s", error)
-            return
-        self._page_lock.unlock_coded(master for master, _ in made)
-        self._page_lock.lock(self.store.masters)
 
     def rebuild(self) -> None:
         """Make layers and sites anew, from the model as it is now."""
@@ -619,7 +454,7 @@ class Session(NotCopied):
                     self.store.onload(self._tier(tier), waits)
             renew_codes(self.store.masters, self.policy, self.budget)
             if not self.waits_where_it_rests:
-                self._page_lock.lock(self.store.masters)
+                self.page_lock.lock(self.store.masters)
             self.make_room(self.planner.fixed_bytes)
             self.always.onload()
             self.adapters.onload()
@@ -648,7 +483,7 @@ class Session(NotCopied):
             self.adapters.release()
             self.store.doubt_codes()
             if self._masters_wait:
-                self._page_lock.unlock(self.store.masters)
+                self.page_lock.unlock(self.store.masters)
                 for tier in _TIERS:
                     rests = self.policy.rests(on_disk=tier)
                     self.store.offload(self._tier(tier), rests)
@@ -677,31 +512,9 @@ class Session(NotCopied):
             finally:
                 self.hooks.hang_if_needed()
 
-    def sync_masters(self) -> None:
-        """Bring everything that was written to tensors into their masters."""
-        self.take_over_writes()  # or copies that are older would go over them
-        self._take_over_untied()
-        with torch.inference_mode(False):
-            self.always.sync()
-            for layer in self.layers:
-                self.mover.sync(layer)
-        self.hooks.hang_if_needed()
-
-    def note_write(self, master: Master) -> None:
-        """Take the bytes at rest for newer than those that are resident."""
-        master.note_change()
-        with torch.inference_mode(False):
-            self.always.renew(master)
-        for layer in self.layers:
-            if master in layer.masters and layer.stays_bound:
-                with torch.inference_mode(False):
-                    self.mover.evict(layer)
-                self.mover.plan = None  # so that it is made resident again
-        self.hooks.hang_if_needed()
-
     def rest_everything(self) -> None:
         """Put everything to rest, so that loading and saving see masters only."""
-        self.sync_masters()
+        self.edits.sync_masters()
         self.onloaded = False
         with torch.inference_mode(False):
             self.mover.drop_all()
@@ -750,51 +563,3 @@ class Session(NotCopied):
 
         moved: ValueT = map_tensors(value, move)
         return moved
-
-    # -- figures --------------------------------------------------------------------
-
-    def stats(self) -> OffloadStats:
-        """Return what has happened since attach."""
-        counters = self.mover.counters
-        measured = self.mover.memory.measures_peak
-        coded = [m for m in self._moved_masters if m.code is not None]
-        # What is held against the limit is that of all models that share it.
-        budget = self.budget if self.group is None else self.group.budget
-        return OffloadStats(
-            forwards=counters.forwards,
-            bytes_moved=counters.bytes_moved,
-            bytes_written_back=counters.bytes_written_back,
-            peak_bytes=self.planner.peak_bytes if measured else budget.peak,
-            limit_bytes=self.policy.limit_bytes,
-            stall_seconds=self.mover.engine.stall_seconds(),
-            hits=counters.hits,
-            misses=counters.misses,
-            peak_by_kind=self.budget.peak_by_kind(),
-            host_bytes=self.store.host_bytes + self.mover.engine.staging_bytes(),
-            host_limit_bytes=self.policy.host_limit_bytes,
-            disk_bytes=self.store.disk_bytes,
-            bytes_read=counters.bytes_read,
-            coded_bytes=sum(m.nbytes for m in coded),
-            decoded_bytes=sum(m.plain_bytes for m in coded),
-            decode_seconds=self._decode_seconds(),
-        )
-
-    def _decode_seconds(self) -> float | None:
-        known = known_decode_seconds(self.policy.compute_device)
-        return None if known is None else known * self.plan.decoded_bytes
-
-    def report(self) -> Report:
-        """Return what has happened, in detail.
-
-        Raises:
-            RuntimeError: The policy says nothing of recording.
-        """
-        name = type(self.model).__name__
-        if self.recorder is None:
-            raise RuntimeError(
-                f"report: {name} was attached without recording. Attach it with "
-                "OffloadPolicy(record=True); offload_stats(model) has the totals"
-            )
-        self.mover.engine.drain()
-        device = self.policy.compute_device
-        return make_report(name, device, self.stats(), self.recorder)

@@ -96,7 +96,7 @@ class StateHooks(NotCopied):
                 inside = calls.runs_here() or calls.is_guest
                 if calls.depth > 1 and not inside:
                     session.recover()
-                session.sync_masters()
+                session.edits.sync_masters()
                 if session.unreadable_at_rest is not None:
                     raise RuntimeError(
                         f"state_dict: {session.unreadable_at_rest}, waits in host RAM "

@@ -479,11 +479,11 @@ def test_part_whose_edits_do_not_fit_the_limit_lets_other_threads_in(
     def refuse() -> bool:
         raise BudgetExceededError("too small")
 
-    session.part_changed = refuse  # type: ignore[method-assign]
+    session.edits.part_changed = refuse  # type: ignore[method-assign]
     with pytest.raises(BudgetExceededError):
         run(model[0], torch.zeros(1, 64))
     assert (session.calls.owner, session.calls.depth) == (None, 0)
-    del session.part_changed
+    del session.edits.part_changed
     in_thread(run, model[0], torch.zeros(1, 64))
     detach(model)
 

@@ -1,0 +1,120 @@
+"""What users do to the tensors of an attached model, between its forwards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .master import Master
+from .registered import check_packed, check_tensors
+from .wrappers import require_undivided
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+class Edits:
+    """Notices edits of one session's tensors and takes them over.
+
+    Attributes:
+        parted: masters of tensors that left the one which they shared with others, and
+            that belong to no layer yet.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.parted: list[Master] = []
+
+    def forget(self) -> None:
+        """Drop what refers to tensors, behind detach."""
+        self.parted = []
+
+    def part_changed(self) -> bool:
+        """Take edits over before a part is called by itself, without the root.
+
+        Returns:
+            Whether layers and sites were made anew.
+        """
+        self.take_over_writes()
+        return self.take_over_untied()
+
+    def take_over_writes(self) -> None:
+        """Notice what whoever has a state dict wrote to it."""
+        session = self._session
+        for written in session.inventory.written_by_holders():
+            self.note_write(written)
+
+    def take_over_replaced(self) -> None:
+        """Manage parameters that replaced others (``load_state_dict(assign=True)``)."""
+        session = self._session
+        self.untie()  # or one's new bytes would go to the others as well
+        require_undivided(session.model)
+        try:
+            check_tensors(session.model)
+            known = session.inventory.holders
+            check_packed(session.model, session.policy.compute_device, known)
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
+        session.passes.forget_bundles()
+        session.rebuild()
+        session.passes.probe_next()  # new modules may read weights sideways
+        session.page_lock.unlock(session.store.masters)
+        session.store.replace_masters(session.moved_masters, session.policy.rests)
+        if not session.waits_where_it_rests:
+            session.onloaded = False
+        session.page_lock.lock(session.store.masters)
+        session.adopt_buffers(session.always.masters)
+        self.parted = []
+
+    def take_over_untied(self) -> bool:
+        """Make layers anew if tensors that shared memory do so no longer."""
+        self.untie()
+        untied = bool(self.parted)
+        if untied:
+            with torch.inference_mode(False):
+                self.take_over_replaced()
+        return untied
+
+    def untie(self) -> None:
+        """Part tensors that were given other data from what they shared memory with.
+
+        ``tensor.data = new`` gives one of them new bytes, and must not change those
+        of the others. New strides need a master of their own as well. The masters of
+        those that are alone now belong to no layer until layers are made anew.
+        """
+        session = self._session
+        for master, member in session.inventory.given_other_data():
+            if member not in master.members:
+                continue  # parted already, and not yet taken stock of
+            shared = len(master.members) > 1 or member.tensor.stride() != member.stride
+            if shared and master.is_same(member):
+                alone = master.split_off(member)
+                self.parted.append(alone)
+                session.masters[id(member.tensor)] = alone
+                if master.members:
+                    session.masters[id(master.members[0].tensor)] = master
+
+    def sync_masters(self) -> None:
+        """Bring everything that was written to tensors into their masters."""
+        session = self._session
+        self.take_over_writes()  # or copies that are older would go over them
+        self.take_over_untied()
+        with torch.inference_mode(False):
+            session.always.sync()
+            for layer in session.layers:
+                session.mover.sync(layer)
+        session.hooks.hang_if_needed()
+
+    def note_write(self, master: Master) -> None:
+        """Take the bytes at rest for newer than those that are resident."""
+        session = self._session
+        master.note_change()
+        with torch.inference_mode(False):
+            session.always.renew(master)
+        for layer in session.layers:
+            if master in layer.masters and layer.stays_bound:
+                with torch.inference_mode(False):
+                    session.mover.evict(layer)
+                session.mover.plan = None  # so that it is made resident again
+        session.hooks.hang_if_needed()
