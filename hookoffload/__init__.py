@@ -14,18 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attach import (
-        activate,
-        attach_offload_hooks,
-        detach,
-        offload,
-        offload_plan,
-        offload_stats,
-        offloaded,
-        onload,
-        report,
-        set_limit,
-    )
+    from .attach import attach_offload_hooks, detach, offloaded
     from .budget import BudgetExceededError
     from .cost import Rates
     from .loading import load_model
@@ -38,6 +27,8 @@ if TYPE_CHECKING:
     from .safetensors_header import CheckpointError
     from .saving import save_model
     from .stats import OffloadStats
+    from .steering import activate, offload, onload, set_limit
+    from .telling import offload_plan, offload_stats, report
 
 __all__ = [
     "BudgetExceededError",
@@ -76,21 +67,21 @@ _MODULES = {
     "Plans": "plan",
     "Rates": "cost",
     "Report": "run_report",
-    "activate": "attach",
+    "activate": "steering",
     "add_lora": "lora",
     "attach_offload_hooks": "attach",
     "clear_lora": "lora",
     "detach": "attach",
     "load_model": "loading",
     "measure_rates": "machine",
-    "offload": "attach",
-    "offload_plan": "attach",
-    "offload_stats": "attach",
+    "offload": "steering",
+    "offload_plan": "telling",
+    "offload_stats": "telling",
     "offloaded": "attach",
-    "onload": "attach",
-    "report": "attach",
+    "onload": "steering",
+    "report": "telling",
     "save_model": "saving",
-    "set_limit": "attach",
+    "set_limit": "steering",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attach import detach, offload_plan, offload_stats, set_limit
+from .attach import detach
 from .bench_model import Inputs, Recipe, make_input, recipe_for, run_forward
 from .budget import GIB, format_gib
 from .checkpoint import open_checkpoint
@@ -22,6 +22,8 @@ from .loading import load_model
 from .machine import measure_file, measure_link
 from .plan import Plan
 from .policy import OffloadPolicy
+from .steering import set_limit
+from .telling import offload_plan, offload_stats
 from .user_errors import EXPECTED_ERRORS
 
 # The first pass looks at the model and measures activations, the second brings in what

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .attach import _attach
+from .attach import attach_one
 from .checkpoint import open_checkpoint
 from .code_cache import find_codes, keep_codes
 from .coding import can_code
@@ -144,7 +144,7 @@ def load_model(
             }
         stay = _assign(slots, locations, apart=stays)
         _close_later(opened, stay)
-        _attach(model, policy, stay)
+        attach_one(model, policy, stay)
         session = session_of(model)
         assert session is not None, "it has just been attached"
         session.loaded = True

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .adapters import ADAPTABLE, Adapter, ConvAdapter, LinearAdapter
-from .attach import _session
+from .attached import one_session
 from .lora_keys import LowRank, listed, match_layers, read_adapters
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def add_lora(
         >>> clear_lora(model)
         >>> model = detach(model)
     """
-    session = _session(model, "add_lora")
+    session = one_session(model, "add_lora")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise ValueError(f"scale must be a number, not {scale!r}")
     if not math.isfinite(scale):
@@ -82,7 +82,7 @@ def clear_lora(model: nn.Module) -> None:
     Raises:
         RuntimeError: The model is not attached, or is running.
     """
-    session = _session(model, "clear_lora")
+    session = one_session(model, "clear_lora")
     with session.by_hand("clear_lora"), torch.inference_mode(False):
         session.adapters.clear()
 
