@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from .alignment import SMALL_TENSOR_BYTES, align
 from .copies import Copy
 from .device_memory import Block
+from .layer_parts import Piece, RegionViews, resident_dtype, values_in
 from .master import Master, Member, version_of
-from .moves import Move, joined_moves
 from .ring import Region, RegionRing, RegionStack
+
+# Steady passes find a layer in the same place each time; others in a few.
+_PLACES_KEPT = 4
 
 
 class LayerState(enum.Enum):
@@ -28,69 +31,6 @@ class LayerState(enum.Enum):
     ONLOAD = enum.auto()
     PREPARING = enum.auto()
     COMPUTATION = enum.auto()
-
-
-class Piece:
-    """A master's place in its layer's region and scratch.
-
-    Attributes:
-        master: the master.
-        region_offset: where its bytes begin in the region; None if the compute
-            device reads them where they rest.
-        scratch_offset: where its cast value begins while streamed; None without cast.
-        resident_scratch_offset: the same while resident.
-    """
-
-    __slots__ = (
-        "master",
-        "region_offset",
-        "resident_scratch_offset",
-        "scratch_offset",
-    )
-
-    def __init__(self, master: Master) -> None:
-        self.master = master
-        self.region_offset: int | None = None
-        self.scratch_offset: int | None = None
-        self.resident_scratch_offset: int | None = None
-
-
-class RegionViews:
-    """A layer's bytes in one place of the window, as copies and as forwards see them.
-
-    Attributes:
-        targets: the masters that are streamed, and the bytes that each is copied to.
-        values: every member, its value there and the value's address; None if values
-            are cast into the scratch first.
-    """
-
-    __slots__ = ("_moves", "_sources", "targets", "values")
-
-    def __init__(
-        self,
-        targets: list[tuple[Master, torch.Tensor]],
-        values: list[tuple[Member, torch.Tensor, int]] | None,
-    ) -> None:
-        self.targets = targets
-        self.values = values
-        self._sources: list[tuple[torch.Tensor, bool]] = []
-        self._moves: list[Move] = []
-
-    def moves(self) -> list[Move]:
-        """Return the source and the destination of each copy, neighbours as one."""
-        sources = [(master.bytes, master.pinned) for master, _ in self.targets]
-        if len(sources) != len(self._sources) or any(
-            now[0] is not before[0] or now[1] != before[1]
-            for now, before in zip(sources, self._sources, strict=True)
-        ):
-            with torch.inference_mode(False):  # they are kept like the views
-                self._moves = joined_moves(self.targets)
-            self._sources = sources
-        return self._moves
-
-
-# Steady passes find a layer in the same place each time; others in a few.
-_PLACES_KEPT = 4
 
 
 class Layer:
@@ -279,7 +219,7 @@ class Layer:
             values = [
                 valued
                 for index, piece in enumerate(self.pieces)
-                for valued in _values(piece, *self._value(index, piece, region_block))
+                for valued in values_in(piece, *self._value(index, piece, region_block))
             ]
         for member, value, pointer in values:
             member.set_data(value)
@@ -313,7 +253,7 @@ class Layer:
             if piece.scratch_offset is not None or values is None:
                 values = None
             else:
-                values += _values(piece, *self._rest_source(piece, block))
+                values += values_in(piece, *self._rest_source(piece, block))
         return RegionViews(targets, values)
 
     def _value(
@@ -428,22 +368,3 @@ class Layer:
             and all(member.stays for member in piece.master.members)
             for piece in self.pieces
         )
-
-
-def _values(
-    piece: Piece, base: torch.Tensor, start: int
-) -> Iterator[tuple[Member, torch.Tensor, int]]:
-    """Yield a piece's members with their values over a flat tensor, and addresses."""
-    for member in piece.master.members:
-        if piece.master.mixed:
-            typed = base.view(torch.uint8).view(member.dtype)
-            begin = start // member.dtype.itemsize
-        else:
-            typed, begin = base, start
-        value = member.view(typed, begin)
-        yield member, value, value.data_ptr()
-
-
-def resident_dtype(master: Master) -> torch.dtype:
-    """Return the dtype that a resident holds of this master."""
-    return torch.uint8 if master.mixed else master.codec.resident

@@ -9,8 +9,9 @@ import torch
 from .alignment import align
 from .budget import MemoryBudget
 from .device_memory import Block, DeviceMemory
-from .layer import Layer, resident_dtype
+from .layer import Layer
 from .layer_copies import LayerCopies
+from .layer_parts import resident_dtype
 from .order import ExecutionOrder
 from .plan import Plan
 from .profiler_ranges import LayerRanges

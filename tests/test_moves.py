@@ -9,7 +9,8 @@ from torch import nn
 
 from hookoffload import OffloadPolicy, offloaded
 from hookoffload.device_memory import Block
-from hookoffload.layer import Layer, RegionViews
+from hookoffload.layer import Layer
+from hookoffload.layer_parts import RegionViews
 from hookoffload.master import Master
 from hookoffload.pinning import _move_into_slab
 from hookoffload.ring import Region

@@ -1,0 +1,88 @@
+"""What a layer is made of: its pieces, and how they look in a place of the window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .master import Master, Member
+from .moves import Move, joined_moves
+
+
+class Piece:
+    """A master's place in its layer's region and scratch.
+
+    Attributes:
+        master: the master.
+        region_offset: where its bytes begin in the region; None if the compute
+            device reads them where they rest.
+        scratch_offset: where its cast value begins while streamed; None without cast.
+        resident_scratch_offset: the same while resident.
+    """
+
+    __slots__ = (
+        "master",
+        "region_offset",
+        "resident_scratch_offset",
+        "scratch_offset",
+    )
+
+    def __init__(self, master: Master) -> None:
+        self.master = master
+        self.region_offset: int | None = None
+        self.scratch_offset: int | None = None
+        self.resident_scratch_offset: int | None = None
+
+
+class RegionViews:
+    """A layer's bytes in one place of the window, as copies and as forwards see them.
+
+    Attributes:
+        targets: the masters that are streamed, and the bytes that each is copied to.
+        values: every member, its value there and the value's address; None if values
+            are cast into the scratch first.
+    """
+
+    __slots__ = ("_moves", "_sources", "targets", "values")
+
+    def __init__(
+        self,
+        targets: list[tuple[Master, torch.Tensor]],
+        values: list[tuple[Member, torch.Tensor, int]] | None,
+    ) -> None:
+        self.targets = targets
+        self.values = values
+        self._sources: list[tuple[torch.Tensor, bool]] = []
+        self._moves: list[Move] = []
+
+    def moves(self) -> list[Move]:
+        """Return the source and the destination of each copy, neighbours as one."""
+        sources = [(master.bytes, master.pinned) for master, _ in self.targets]
+        if len(sources) != len(self._sources) or any(
+            now[0] is not before[0] or now[1] != before[1]
+            for now, before in zip(sources, self._sources, strict=True)
+        ):
+            with torch.inference_mode(False):  # they are kept like the views
+                self._moves = joined_moves(self.targets)
+            self._sources = sources
+        return self._moves
+
+
+def values_in(
+    piece: Piece, base: torch.Tensor, start: int
+) -> Iterator[tuple[Member, torch.Tensor, int]]:
+    """Yield a piece's members with their values over a flat tensor, and addresses."""
+    for member in piece.master.members:
+        if piece.master.mixed:
+            typed = base.view(torch.uint8).view(member.dtype)
+            begin = start // member.dtype.itemsize
+        else:
+            typed, begin = base, start
+        value = member.view(typed, begin)
+        yield member, value, value.data_ptr()
+
+
+def resident_dtype(master: Master) -> torch.dtype:
+    """Return the dtype that a resident holds of this master."""
+    return torch.uint8 if master.mixed else master.codec.resident
