@@ -11,8 +11,8 @@ from .layer import Layer
 from .master import Master
 from .partition import Partition, SiteSketch
 from .plan import LayerSpec
-from .policy import ResolvedPolicy
 from .registered import TensorGroup
+from .resolved_policy import ResolvedPolicy
 from .safetensors_file import TensorLocation
 from .tiers import host_bytes_left, host_tier
 

@@ -34,7 +34,7 @@ from .lossless import TIMED_BYTES, decode_seconds, seconds_of
 from .master import Master
 from .mover import LayerMover
 from .plan import Plan
-from .policy import ResolvedPolicy
+from .resolved_policy import ResolvedPolicy
 
 if TYPE_CHECKING:
     from .session import Session

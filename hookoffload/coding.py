@@ -23,8 +23,8 @@ from .master_code import MasterCode
 from .partition import Partition
 from .pass_planner import PassPlanner
 from .plan import Plan
-from .policy import ResolvedPolicy
 from .progress import progress_bar
+from .resolved_policy import ResolvedPolicy
 from .safetensors_file import TensorLocation
 
 # Less is not worth a launch of a decoder.

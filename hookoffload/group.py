@@ -19,7 +19,7 @@ from .use_order import UseOrder
 if TYPE_CHECKING:
     from .pinning import PageLock
     from .plan import Plan
-    from .policy import ResolvedPolicy
+    from .resolved_policy import ResolvedPolicy
     from .session import Session
 
 logger = logging.getLogger(__name__)

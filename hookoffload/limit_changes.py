@@ -8,7 +8,7 @@ import torch
 
 from .budget import BudgetExceededError
 from .partition import partition
-from .policy import ResolvedPolicy
+from .resolved_policy import ResolvedPolicy
 from .safetensors_header import CheckpointError
 from .tier_changes import Tiers
 

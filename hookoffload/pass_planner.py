@@ -13,7 +13,7 @@ from .device_memory import DeviceMemory
 from .layer import Layer
 from .plan import LayerSpec, Plan
 from .planner import make_plan
-from .policy import ResolvedPolicy
+from .resolved_policy import ResolvedPolicy
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from .calls import in_functional_call
 from .code_choice import code_by
 from .containers import tensors_in
 from .plan import Plan
-from .policy import ResolvedPolicy
 from .probe import Probe, hint_at_sideways_reads, reads_of_siblings
+from .resolved_policy import ResolvedPolicy
 from .wrappers import is_under_fsdp, require_undivided
 
 if TYPE_CHECKING:

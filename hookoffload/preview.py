@@ -27,8 +27,9 @@ from .partition import partition
 from .pass_planner import PassPlanner
 from .placement import CPU
 from .plan import Plan
-from .policy import OffloadPolicy, ResolvedPolicy
+from .policy import OffloadPolicy
 from .registered import check_tensors
+from .resolved_policy import ResolvedPolicy
 from .session import Session
 from .torch_dtypes import CODES, dtype_of
 

@@ -37,11 +37,11 @@ from .passes import Passes
 from .pinning import PageLock
 from .placement import Placement
 from .plan import Plan
-from .policy import ResolvedPolicy
 from .probe import Probe
 from .recorder import Recorder
 from .refusals import NotCopied, purge_hooks
 from .registered import unreadable_at_rest
+from .resolved_policy import ResolvedPolicy
 from .root_hooks import RootHooks
 from .safetensors_file import TensorLocation
 from .site_making import make_entries, make_sites

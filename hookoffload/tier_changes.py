@@ -11,7 +11,7 @@ from .codec import Codec
 from .master import Master
 from .master_code import MasterCode
 from .partition import Partition
-from .policy import ResolvedPolicy
+from .resolved_policy import ResolvedPolicy
 
 
 class _Tier(NamedTuple):
