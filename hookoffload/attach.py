@@ -107,7 +107,6 @@ def _attach_several(
     with _ATTACHING, ExitStack() as undo:
         members = distinct(members_of(models))
         resolved = policy.resolve()
-        group = Group(resolved, members)
         loaded = {n: s for n, m in members.items() if (s := loaded_alone(m))}
         for name, model in members.items():
             if name not in loaded:
@@ -116,6 +115,7 @@ def _attach_several(
                     check_owners(model)
                     check_tensors(model)
                     check_packed(model, resolved.compute_device)
+        group = Group(resolved, members)
         joined: dict[str, Handover] = {}
         for name, session in loaded.items():
             joined[name] = Handover(session)
