@@ -98,12 +98,15 @@ class BundleChoice:
                 )
                 self._candidates.append(_Candidate(name, nbytes, len(layers)))
 
-    def of_at_most(self, nbytes: int, without: Collection[str] = ()) -> tuple[str, ...]:
+    def of_at_most(
+        self, nbytes: int, without: Collection[str] = (), whole: Collection[str] = ()
+    ) -> tuple[str, ...]:
         """Choose the largest modules of at most so many bytes.
 
         Args:
             nbytes: the most that one may take.
             without: names of modules that must not be bundles.
+            whole: names of modules that move as one otherwise.
 
         Returns:
             Their full names, none inside another one; none at all if that would save
@@ -112,10 +115,13 @@ class BundleChoice:
         chosen: list[str] = []
         saved = 0
         for candidate in self._candidates:
-            inside = chosen and candidate.name.startswith(f"{chosen[-1]}.")
-            if inside or candidate.nbytes > nbytes or candidate.name in without:
+            name = candidate.name
+            inside = chosen and name.startswith(f"{chosen[-1]}.")
+            if inside or candidate.nbytes > nbytes or name in without:
                 continue
-            chosen.append(candidate.name)
+            if any(_overlap(name, other) for other in whole):
+                continue
+            chosen.append(name)
             saved += candidate.layers - 1
         return tuple(chosen) if saved >= LEAST_SAVED else ()
 
@@ -156,6 +162,11 @@ def _layers_of(
     unused = sum(x.copy_bytes for x in found if x.index not in used)
     total = sum(layer.copy_bytes for layer in found)
     return found if unused * _UNUSED_SHARE <= total and used else []
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Tell whether one of two modules is, or is inside, the other one."""
+    return f"{one}.".startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def most_bytes(room: int) -> int:

@@ -56,7 +56,7 @@ class Edits:
             check_packed(session.model, session.policy.compute_device, known)
         except ValueError as error:
             raise RuntimeError(str(error)) from error
-        session.passes.forget_bundles()
+        session.units.forget()
         session.rebuild()
         session.passes.probe_next()  # new modules may read weights sideways
         session.page_lock.unlock(session.store.masters)

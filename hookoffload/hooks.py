@@ -155,7 +155,7 @@ class Site(NotCopied):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hang the pair again if nothing around this call takes care of the model."""
         if dynamo_is_at_work():
-            return outside_graphs(self.look)(module, args, kwargs)
+            return outside_graphs(self._look_in_graph)(module, args, kwargs)
         self.asked = True
         if self.session.calls.owner == threading.get_ident() and module is self.module:
             for layer in self.layers:  # no generator: this runs for most modules
@@ -170,7 +170,7 @@ class Site(NotCopied):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Bind the layers; move the inputs if nothing around this call did."""
         if dynamo_is_at_work():
-            return outside_graphs(self.pre)(module, args, kwargs)
+            return outside_graphs(self._pre_in_graph)(module, args, kwargs)
         session = self.session
         if module is not self.module:
             raise RuntimeError(
@@ -212,7 +212,7 @@ class Site(NotCopied):
             if outermost:
                 session.passes.begin_part(self.name, args, kwargs)
             elif self.bundle is not None and not self.layers[0].is_usable:
-                session.passes.divide(self.bundle.name)
+                session.units.divide(self.bundle.name)
             for layer in self.layers:
                 session.bind(layer)
                 entered.append(layer)
@@ -226,6 +226,19 @@ class Site(NotCopied):
             session.leave_call()
             raise
         return session.to_compute_device((args, kwargs)) if outermost else None
+
+    def _look_in_graph(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.session.units.note_compiled()
+        return self.look(module, args, kwargs)
+
+    def _pre_in_graph(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self.atomic:
+            self.session.units.note_compiled()
+        return self.pre(module, args, kwargs)
 
     def post(
         self,

@@ -11,6 +11,7 @@ from .partition import partition
 from .resolved_policy import ResolvedPolicy
 from .safetensors_header import CheckpointError
 from .tier_changes import Tiers
+from .units import Unit
 
 if TYPE_CHECKING:
     from .session import Session
@@ -47,12 +48,12 @@ class LimitChanges:
         """
         session = self._session
         anew = policy.host_limit_bytes != session.policy.host_limit_bytes
-        bundles = session.passes.bundles
-        wanted = session.passes.bundles_at(policy)
+        units = session.units.now
+        wanted = session.units.at(policy)
         # They can need more than the limit to come, and lie in several tiers.
-        apart = bool(bundles) if anew else wanted != bundles
+        apart = any(units) if anew else wanted != units
         if apart:
-            session.passes.set_bundles(())
+            session.units.make(Unit())
         try:
             if anew:
                 self._divide_anew(policy)
@@ -60,11 +61,11 @@ class LimitChanges:
                 session.planner.set_limit(policy)
         except (BudgetExceededError, CheckpointError):
             if apart:
-                session.passes.set_bundles(bundles)
+                session.units.make(units)
             raise
         session.policy = policy
-        if wanted != session.passes.bundles:
-            session.passes.set_bundles(wanted)
+        if wanted != session.units.now:
+            session.units.make(wanted)
         session.hooks.hang_all()
 
     def _divide_anew(self, policy: ResolvedPolicy) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,6 +80,7 @@ def partition(
     module_map: ModuleMap,
     joined: Sequence[tuple[str, str]] = (),
     bundles: Sequence[str] = (),
+    atomic: Sequence[str] = (),
 ) -> Partition:
     """Divide a model into layers and find the modules whose forward needs them.
 
@@ -89,6 +90,7 @@ def partition(
         joined: pairs (user module, tensor name) that the probe found: the user's
             forward reads the tensor although another module owns it.
         bundles: full names of modules whose layers move as one, see [Note: bundles].
+        atomic: full names of modules that move with their subtree.
     """
     names = {id(module): name for name, module in model.named_modules()}
     tensors, groups = group_tensors(model)
@@ -103,7 +105,10 @@ def partition(
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted: dict[int, _Wanted] = {}
     root_only: list[TensorGroup] = []
-    for owner, module, kind in _units(model, module_map):
+    # What is read sideways inside of one comes with it already.
+    joined = [(u, t) for u, t in joined if not any(_is_in(u, a) for a in atomic)]
+    whole_ids = {id(modules[name]) for name in atomic}
+    for owner, module, kind in _units(model, module_map, whole_ids):
         whole = kind == "atomic"
         own = list(module.parameters(recurse=whole))
         own_buffers = list(module.buffers(recurse=whole))
@@ -179,6 +184,10 @@ def _join(
             site.layers.append(layer)
 
 
+def _is_in(name: str, outer: str) -> bool:
+    return f"{name}.".startswith(f"{outer}.")
+
+
 def _bundle(
     layers: list[LayerSketch], sites: list[SiteSketch], name: str, module: nn.Module
 ) -> None:
@@ -221,7 +230,7 @@ class _Wanted:
 
 
 def _units(
-    model: nn.Module, module_map: ModuleMap
+    model: nn.Module, module_map: ModuleMap, atomic: Collection[int]
 ) -> Iterator[tuple[nn.Module | None, nn.Module, Literal["layer", "atomic"]]]:
     """Yield (module whose forward needs the tensors, module that owns them, kind)."""
     seen: set[int] = set()
@@ -233,6 +242,8 @@ def _units(
             return
         seen.add(id(module))
         kind = module_map.kind_of(module) or default_kind(module)
+        if id(module) in atomic:
+            kind = "atomic"
         if is_called(module):
             caller = module
         yield caller, module, kind

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .budget import BudgetExceededError
-from .bundles import BundleChoice, most_bytes
 from .calls import in_functional_call
 from .code_choice import code_by
 from .containers import tensors_in
 from .plan import Plan
 from .probe import Probe, hint_at_sideways_reads, reads_of_siblings
-from .resolved_policy import ResolvedPolicy
 from .wrappers import is_under_fsdp, require_undivided
 
 if TYPE_CHECKING:
@@ -35,15 +33,11 @@ class Passes:
     Attributes:
         joined: pairs of a module's name and the name of a tensor of another one: the
             tensor was seen to be used by the module, and comes with it.
-        bundles: full names of modules whose layers move as one.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self.joined: list[tuple[str, str]] = []
-        self.bundles: tuple[str, ...] = ()
-        self._choice: BundleChoice | None = None
-        self._divided: set[str] = set()  # seen to be no bundles
         self._asked_for: set[int] = set()
         self._seen: set[int] = set()
         self._without_news = 0  # passes that asked for nothing new, one after another
@@ -171,13 +165,12 @@ class Passes:
                 f"{error} [hookoffload: modules were found to read weights of other "
                 "ones, which the plan knows from now on: call the model again]",
             )
-        if self.bundles and isinstance(error, BudgetExceededError):
+        if isinstance(error, BudgetExceededError):
             # More is in use at once than the plan knows of: the next call needs less.
-            self._divided.update(self.bundles)
-            self.set_bundles(())
+            session.units.divide_all()
         if complete and (not self._probe_next or session.all_stay):
             if not session.all_stay:
-                self._bundle(enclosing)
+                session.units.choose(enclosing)
             session.hooks.slim()
 
     def apply(self, plan: Plan) -> None:
@@ -217,58 +210,12 @@ class Passes:
             session.probe = None
         self._left_probes = [p for p in self._left_probes if not p.has_left()]
 
-    # -- bundles --------------------------------------------------------------------
-
-    def divide(self, name: str) -> None:
-        """Make no bundle of a module any more: its layers are called without it."""
-        self._divided.add(name)
-
-    def forget_bundles(self) -> None:
-        """Divide all bundles where layers are made anew: modules may have changed."""
-        self.bundles = ()
-        self._choice = None
-        self._divided = set()
-
-    def bundles_at(self, policy: ResolvedPolicy) -> tuple[str, ...]:
-        """Return the bundles that there should be at the limit of a policy."""
-        room = self._session.planner.room(policy.limit_bytes)
-        if self._choice is None or room is None:
-            return self.bundles
-        return self._choice.of_at_most(most_bytes(room), self._divided)
-
-    def set_bundles(self, bundles: tuple[str, ...]) -> None:
-        """Make layers anew, with these bundles if the limit allows."""
-        session = self._session
-        self.bundles = bundles
-        try:
-            session.rebuild()
-        except BudgetExceededError:
-            self.bundles = ()
-            self._divided.update(bundles)
-            session.rebuild()
-
-    def _bundle(self, enclosing: Mapping[str, frozenset[str]]) -> None:
-        """Have the bundles that fit the room which the pass has left."""
-        session = self._session
-        if self._choice is None:
-            self._choice = BundleChoice(
-                session.model, session.sites, session.read_in_place, enclosing
-            )
-        for site in session.sites:
-            if site.bundled and site.was_wasted():
-                self._divided.add(site.name)
-        wanted = self.bundles_at(session.policy)
-        if wanted == self.bundles:
-            return
-        logger.info("%d modules move as one layer each", len(wanted))
-        self.set_bundles(wanted)
-
     # -- reads sideways -------------------------------------------------------------
 
     def _join(self, joined: list[tuple[str, str]]) -> None:
         """Let tensors that were used sideways come with the modules that use them."""
         session = self._session
-        self.forget_bundles()
+        session.units.forget()
         before = self.joined
         alike = reads_of_siblings(session.model, joined)
         self.joined = list(dict.fromkeys([*before, *joined, *alike]))

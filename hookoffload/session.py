@@ -47,6 +47,7 @@ from .safetensors_file import TensorLocation
 from .site_making import make_entries, make_sites
 from .state_hooks import StateHooks
 from .store import Store
+from .units import Units
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ class Session(NotCopied):
         self._copied: frozenset[int]  # ids of masters that are not used where they rest
         self.edits = Edits(self)
         self.limits = LimitChanges(self)
+        self.units = Units(self)
         self.hooks = HookSet(self)
         self.mover.on_evict = self.hooks.layer_evicted
         if group is not None:
@@ -419,10 +421,12 @@ class Session(NotCopied):
         self.hooks.take_off()
         self.mover.drop_all()
         self.always.release()
-        passes = self.passes
         order = self.mover.order
         seen = self._masters_in(order.whole) if order.is_known else []
-        self._build(partition(self.model, self.map, passes.joined, passes.bundles))
+        units = self.units.now
+        joined = self.passes.joined
+        found = partition(self.model, self.map, joined, units.bundles, units.whole)
+        self._build(found)
         if seen:
             self.mover.expect_order(self._layers_of(seen))
         self.hooks.hang_all()

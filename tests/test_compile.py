@@ -131,6 +131,69 @@ def test_other_limits_compile_nothing_anew(tmp_path: Path) -> None:
     detach(model)
 
 
+class _Graphs:
+    """A backend that counts graphs and the calls in each."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        nodes = (node for node in graph.graph.nodes)
+        self.calls.append(sum(node.op.startswith("call") for node in nodes))
+        return graph.forward
+
+
+def _limit(model: nn.Module, share: float) -> float:
+    return share * sum(parameter.nbytes for parameter in model.parameters()) / 2**30
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_compiled_blocks_are_one_graph_each_whatever_stays(
+    tmp_path: Path, warm: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Stack(depth=12)
+    x = torch.randn(2, 32)
+    expected = run(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=_limit(model, 0.5)))
+    graphs = _Graphs()
+    if warm:
+        run(model, x)
+    for block in model.blocks:
+        block.compile(backend=graphs)
+    for _ in range(2 + warm):
+        assert_same(run(model, x), expected)
+    names = [layer.name for layer in offload_plan(model).layers]
+    assert sorted(names) == sorted(["Stack", *(f"blocks.{i}" for i in range(12))])
+    if not warm:  # else the first one found hooks inside
+        assert len(graphs.calls) == 1
+    compiled = len(graphs.calls)
+    for share in (0.7, 0.4, 0.6):
+        set_limit(model, _limit(model, share))
+        for _ in range(3):
+            assert_same(run(model, x), expected)
+    assert len(graphs.calls) == compiled
+    detach(model)
+    assert_same(run(model, x), expected)
+
+
+def test_compiled_blocks_that_do_not_fit_as_a_whole_are_told_and_divided(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = Stack(depth=3)
+    x = torch.randn(2, 32)
+    expected = run(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=_limit(model, 0.6)))
+    _blocks(model)
+    for _ in range(3):
+        assert_same(run(model, x), expected)
+    assert len(offload_plan(model).layers) > 4
+    (told,) = [text for text in caplog.messages if "too large to move as one" in text]
+    assert "3 compiled modules" in told and "blocks." in told
+    detach(model)
+
+
 def test_a_model_that_was_compiled_as_a_whole_is_said_to_be_one_layer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
