@@ -177,6 +177,24 @@ def test_compiled_blocks_are_one_graph_each_whatever_stays(
     assert_same(run(model, x), expected)
 
 
+def test_what_is_inside_a_compiled_module_is_no_bundle_of_its_own(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(Stack(depth=1)) for _ in range(30)))
+    x = torch.randn(2, 32)
+    expected = run(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=_limit(model, 0.7)))
+    for number, part in enumerate(model):
+        if number % 2:
+            part.compile(backend="eager")
+    for _ in range(3):
+        assert_same(run(model, x), expected)
+    names = [layer.name for layer in offload_plan(model).layers]
+    assert sorted(names) == sorted(str(number) for number in range(30))
+    detach(model)
+
+
 def test_compiled_blocks_that_do_not_fit_as_a_whole_are_told_and_divided(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
