@@ -259,6 +259,8 @@ class Site(NotCopied):
             session.probe.leave(self)
         try:
             kept = escapes.checked_output(self, args, kwargs, output)
+            if kept is not None and session.probe is not None:
+                session.probe.note_kept(self)
             escapes.clear_attributes(self)
             if self.bundled:
                 escapes.clear_attributes_inside(self)

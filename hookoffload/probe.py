@@ -181,6 +181,10 @@ class Probe(TorchFunctionMode):
             self.enclosing[site.name] = self.enclosing.get(site.name, around) & around
         self.note_begin(site.name, site.module)
 
+    def note_kept(self, site: Site) -> None:
+        """Note that a site's output had to be copied: only its own hooks do that."""
+        self.enclosing[site.name] = frozenset()
+
     def leave(self, site: Site) -> None:
         """Note that a site's module has ended."""
         self.note_end(site.name)

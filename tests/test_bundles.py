@@ -393,3 +393,38 @@ def test_replaced_parameters_are_taken_in() -> None:
         assert _names(model) == BLOCKS
         assert same_bits(run(model, X), want)
     assert same_bits(run(model, X), want)
+
+
+class _Rows(nn.Module):
+    """Hands out a view of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight[0]
+
+
+class _Shifted(_Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = _Rows()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shift: torch.Tensor = self.rows()
+        return super().forward(x) + shift
+
+
+def test_outputs_that_are_views_of_weights_are_seen_as_without_bundles() -> None:
+    model = _model(0)
+    model.blocks.extend(_Shifted() for _ in range(DEPTH))
+    seen: list[torch.Tensor] = []
+    with offloaded(model, _policy(100)):
+        for block in model.blocks:
+            block.rows.register_forward_hook(lambda *call: seen.append(call[-1]))
+        for _ in range(3):
+            seen.clear()
+            run(model, X)
+    want = [block.rows.weight[0] for block in model.blocks]
+    assert all(map(same_bits, seen, want))
