@@ -129,6 +129,7 @@ class Session(NotCopied):
             self.mover.ask_others = partial(group.make_room, self)
         self._call_begun = False
         self.torn = False  # an interrupt came in the middle of a hook
+        self._half_built = False  # or while layers were made anew
         self.passes = Passes(self)
         modules = frozenset(id(m) for m in model.modules())
         self.calls = (
@@ -346,6 +347,10 @@ class Session(NotCopied):
         self.edits.untie()  # before what is bound is taken for a forward's doing
         self.mover.drop_all()
         self.passes.interrupted()
+        if self._half_built and not self.inventory.replaced():
+            self.passes.forget_bundles()
+            with torch.inference_mode(False):
+                self.rebuild()
         self.torn = False
 
     def is_left_behind(self, root: RootHooks) -> bool:
@@ -417,7 +422,23 @@ class Session(NotCopied):
         Store([], None).adopt(masters, Placement(device="cpu"))
 
     def rebuild(self) -> None:
-        """Make layers and sites anew, from the model as it is now."""
+        """Make layers and sites anew, from the model as it is now.
+
+        Raises:
+            BudgetExceededError: The limit is below the least; the old ones stand.
+        """
+        self._half_built = True
+        try:
+            self._rebuild()
+        except BaseException as error:
+            # What fails has changed nothing yet; Ctrl-C comes anywhere.
+            self._half_built = not isinstance(error, Exception)
+            self.onloaded = False
+            self.hooks.hang_all()  # a part may be called by itself
+            raise
+        self._half_built = False
+
+    def _rebuild(self) -> None:
         self.hooks.take_off()
         self.mover.drop_all()
         self.always.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from hookoffload import (
     offload_plan,
     offload_stats,
     offloaded,
+    session,
     set_limit,
 )
 from hookoffload.state_hooks import session_of
@@ -428,3 +430,32 @@ def test_outputs_that_are_views_of_weights_are_seen_as_without_bundles() -> None
             run(model, X)
     want = [block.rows.weight[0] for block in model.blocks]
     assert all(map(same_bits, seen, want))
+
+
+@pytest.mark.parametrize("part_first", [False, True])
+def test_an_interrupt_while_bundles_are_divided_heals(
+    part_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "BUNDLE_SHARE", 4)
+    model = _model()
+    model.blocks[0].register_buffer("unused", torch.randn(WIDTH))
+    x = X.double()
+    with offloaded(copy.deepcopy(model).double(), limit_gb=None) as other:
+        want, alone = run(other, x), run(other.blocks[3], x)
+    before = Picture(model)
+    fields = {"store": None, "compute_dtype": torch.float64}
+    with offloaded(model, _policy(70, **fields)):
+        run(model, x)
+        assert _names(model) == BLOCKS
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(session, "partition", _interrupted)
+            set_limit(model, 10 * LAYER / GIB)
+        if part_first:
+            assert same_bits(run(model.blocks[3], x), alone)
+        for _ in range(2):
+            assert same_bits(run(model, x), want)
+    assert before.differences(model) == []
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
