@@ -11,7 +11,6 @@ from torch import nn
 
 from .budget import BudgetExceededError, MemoryBudget, format_gib
 from .calls import CallTracker
-from .safetensors_header import CheckpointError
 from .tensor_bytes import distinct_bytes
 from .tiers import host_shares
 from .use_order import UseOrder
@@ -204,7 +203,7 @@ class Group:
             for session in self.sessions:
                 session.limits.plan_for(self.share(self.name_of(session), policy))
                 done.append(session)
-        except (BudgetExceededError, CheckpointError) as error:
+        except Exception as error:
             for session in done:
                 session.limits.plan_for(self.share(self.name_of(session), self.policy))
             name = self.name_of(self.sessions[len(done)])

@@ -47,6 +47,8 @@ class LimitChanges:
             CheckpointError: The disk refuses; the old limits stand.
         """
         session = self._session
+        if session.inventory.replaced():
+            self._take_over_replaced(policy)
         anew = policy.host_limit_bytes != session.policy.host_limit_bytes
         units = session.units.now
         wanted = session.units.at(policy)
@@ -68,13 +70,22 @@ class LimitChanges:
             session.units.make(wanted)
         session.hooks.hang_all()
 
+    def _take_over_replaced(self, policy: ResolvedPolicy) -> None:
+        """Manage what replaced parameters: layers that are made anew hide it."""
+        session = self._session
+        session.planner.follow(policy)  # the old limit may be below what they need
+        try:
+            with torch.inference_mode(False):
+                session.edits.take_over_replaced()
+        except BaseException:
+            session.planner.follow(session.policy)
+            raise
+
     def _divide_anew(self, policy: ResolvedPolicy) -> None:
         """Have layers wait in other tiers, or in the old ones if that fails."""
         session = self._session
         session.offload()
         with torch.inference_mode(False):
-            if session.inventory.replaced():
-                session.edits.take_over_replaced()
             session.store.note_private_writes()
             masters, old = session.moved_masters, session.policy
             before = Tiers.as_they_are(masters)

@@ -16,6 +16,7 @@ from hookoffload import (
     attach_offload_hooks,
     bundles,
     detach,
+    offload,
     offload_plan,
     offload_stats,
     offloaded,
@@ -24,7 +25,7 @@ from hookoffload import (
 )
 from hookoffload.state_hooks import session_of
 from tests.interrupts import interrupted_at
-from tests.samples import Picture, run, same_bits
+from tests.samples import Picture, lies_in_a_file, run, same_bits
 
 WIDTH, DEPTH = 16, 30
 LAYER = 1536  # bytes of a Linear in the window
@@ -459,3 +460,29 @@ def test_an_interrupt_while_bundles_are_divided_heals(
 
 def _interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_layers_that_came_before_another_limit_go_to_disk_as_others_do() -> None:
+    model = _model()
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        assert _names(model) == BLOCKS
+        model.blocks.append(_Block())
+        set_limit(model, 10 * LAYER / GIB)
+        offload(model)
+        assert all(map(lies_in_a_file, model.blocks.parameters()))
+
+
+def test_a_larger_limit_lets_layers_in_that_the_one_before_refuses() -> None:
+    model = _model()
+    with offloaded(model, _policy(70)):
+        run(model, X)
+        model.blocks.append(nn.Linear(WIDTH, 100 * WIDTH))
+        model.blocks.append(nn.Linear(100 * WIDTH, WIDTH))
+        with pytest.raises(BudgetExceededError):
+            set_limit(model, 69 * LAYER / GIB)
+        set_limit(model, 400 * LAYER / GIB)
+        got = run(model, X)
+        offload(model)
+        assert all(map(lies_in_a_file, model.blocks.parameters()))
+    assert same_bits(got, run(model, X))

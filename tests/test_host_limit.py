@@ -414,3 +414,19 @@ def test_another_host_limit_on_an_accelerator_gives_the_same_bits(
     detach(model)
     with torch.no_grad():
         assert same_bits(model.cuda()(x), wanted)
+
+
+def test_a_model_that_refuses_leaves_the_limits_of_the_others(tmp_path: Path) -> None:
+    models = {"one": net(), "two": net()}
+    with offloaded(models, tiered(tmp_path, DEPTH, limit_gb=1)):
+        for model in models.values():
+            run(model)
+        limits = [session_of(m).policy.limit_bytes for m in models.values()]
+        module = next(m for m in models["two"].modules() if isinstance(m, nn.Linear))
+        weight = module.weight
+        module.weight = nn.Parameter(weight.detach().to("meta"))
+        with pytest.raises(RuntimeError, match=r"two: .* meta device"):
+            set_limit(models, 0.5)
+        assert [session_of(m).policy.limit_bytes for m in models.values()] == limits
+        module.weight = weight
+        assert all(same_bits(run(m), WANTED) for m in models.values())
