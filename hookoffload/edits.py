@@ -37,7 +37,8 @@ class Edits:
             Whether layers and sites were made anew.
         """
         self.take_over_writes()
-        return self.take_over_untied()
+        renewed = self._session.finish_rebuild()
+        return self.take_over_untied() or renewed
 
     def take_over_writes(self) -> None:
         """Notice what whoever has a state dict wrote to it."""

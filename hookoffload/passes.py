@@ -67,6 +67,7 @@ class Passes:
         if session.inventory.replaced() and not in_functional_call():
             with torch.inference_mode(False):
                 session.edits.take_over_replaced()
+        session.finish_rebuild()
         if moved := session.inventory.given_other_data():
             for master, member in moved:
                 master.check_same(member)

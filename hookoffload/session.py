@@ -347,10 +347,6 @@ class Session(NotCopied):
         self.edits.untie()  # before what is bound is taken for a forward's doing
         self.mover.drop_all()
         self.passes.interrupted()
-        if self._half_built and not self.inventory.replaced():
-            self.passes.forget_bundles()
-            with torch.inference_mode(False):
-                self.rebuild()
         self.torn = False
 
     def is_left_behind(self, root: RootHooks) -> bool:
@@ -437,6 +433,15 @@ class Session(NotCopied):
             self.hooks.hang_all()  # a part may be called by itself
             raise
         self._half_built = False
+
+    def finish_rebuild(self) -> bool:
+        """Make layers anew if an interrupt fell into that; tell whether it did."""
+        if not self._half_built:
+            return False
+        self.passes.forget_bundles()
+        with torch.inference_mode(False):
+            self.rebuild()
+        return True
 
     def _rebuild(self) -> None:
         self.hooks.take_off()
