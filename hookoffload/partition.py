@@ -202,8 +202,11 @@ def _bundle(
     for site in members:
         site.layers = [first]
         site.bundle = None if site.module is module else module
-    if all(site.module is not module for site in members):
-        sites.append(SiteSketch(name, module, [first], atomic=False, outside=False))
+    own = next((site for site in sites if site.module is module), None)
+    if own is None:
+        own = SiteSketch(name, module, [], atomic=False, outside=False)
+        sites.append(own)
+    own.layers = [first]  # it may have had buffers only
 
 
 def _renumbered(

@@ -486,3 +486,16 @@ def test_a_larger_limit_lets_layers_in_that_the_one_before_refuses() -> None:
         offload(model)
         assert all(map(lies_in_a_file, model.blocks.parameters()))
     assert same_bits(got, run(model, X))
+
+
+def test_a_bundle_with_cast_buffers_of_its_own_has_one_pair_of_hooks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bundles, "BUNDLE_SHARE", 4)
+    model = _model()
+    for block in model.blocks:
+        block.register_buffer("unused", torch.randn(WIDTH))
+    with offloaded(model, _policy(70, store=None, compute_dtype=torch.float64)):
+        run(model, X.double())
+        assert _names(model) == BLOCKS
+        assert {_hooks_of(block) for block in model.blocks} == {(1, 1)}
