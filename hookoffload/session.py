@@ -439,6 +439,7 @@ class Session(NotCopied):
         if not self._half_built:
             return False
         self.passes.forget_bundles()
+        self.mover.set_layers(self.layers, ())  # the order may be of other layers
         with torch.inference_mode(False):
             self.rebuild()
         return True
