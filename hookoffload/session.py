@@ -438,7 +438,7 @@ class Session(NotCopied):
         """Make layers anew if an interrupt fell into that; tell whether it did."""
         if not self._half_built:
             return False
-        self.passes.forget_bundles()
+        self.units.forget()
         self.mover.set_layers(self.layers, ())  # the order may be of other layers
         with torch.inference_mode(False):
             self.rebuild()
