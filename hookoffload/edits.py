@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
-from .master import Master
+from .master import Master, version_of
 from .registered import check_packed, check_tensors
 from .wrappers import require_undivided
 
 if TYPE_CHECKING:
     from .session import Session
+
+
+logger = logging.getLogger(__name__)
 
 
 class Edits:
@@ -115,7 +119,21 @@ class Edits:
             session.always.renew(master)
         for layer in session.layers:
             if master in layer.masters and layer.stays_bound:
+                self._tell_of_two_writes(master)
                 with torch.inference_mode(False):
                     session.mover.evict(layer)
                 session.mover.plan = None  # so that it is made resident again
         session.hooks.hang_if_needed()
+
+    @staticmethod
+    def _tell_of_two_writes(master: Master) -> None:
+        """Warn where a resident was written to as well: one of both must be lost."""
+        for member in master.members:
+            if version_of(member.tensor) != member.version:
+                logger.warning(
+                    "%s was changed both through a state dict and as itself between "
+                    "two forwards, while a copy of it stayed on the compute device: "
+                    "what the state dict wrote is lost. Make both changes in one way, "
+                    "or call offload(model) before them",
+                    member.name,
+                )

@@ -890,6 +890,22 @@ def test_data_given_behind_an_interrupted_forward_keeps_its_strides(
     assert model[1].weight.stride() == new.stride()
 
 
+@pytest.mark.parametrize("limit_gb", [None, 0])
+def test_weight_written_to_in_two_ways_at_once_is_told_where_one_is_lost(
+    tmp_path: Path, limit_gb: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, plain, x = _chain_and_copy(tmp_path, limit_gb)
+    for each in (model, plain):
+        each.state_dict()["3.weight"].mul_(0.5)
+        with torch.no_grad():
+            each[3].weight.add_(1)
+    same = same_bits(run(model, x), run(plain, x))
+    told = [text for text in caplog.messages if text.startswith("3.weight was changed")]
+    assert same == (limit_gb == 0)  # at rest both have the same memory
+    assert len(told) == (not same)
+    detach(model)
+
+
 @pytest.mark.parametrize("when", ["right after attach", "after forwards"])
 @pytest.mark.parametrize("action", [offload, detach, nn.Module.state_dict])
 @pytest.mark.parametrize("limit_gb", [None, 0])
