@@ -197,6 +197,7 @@ def _assert_recovers(model: nn.Module, before: Snapshot, wanted: torch.Tensor) -
 def test_interrupt_at_any_step_of_attach_leaves_the_model_untouched(
     new_folder: NewFolder, problems: Problems, kind: str
 ) -> None:
+    detach(_attach(_small(), kind))  # what is looked up once a process takes steps too
     model = _small()
     steps = steps_of(lambda: _attach(model, kind))
     detach(model)
