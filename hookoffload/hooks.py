@@ -230,7 +230,8 @@ class Site(NotCopied):
     def _look_in_graph(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.session.units.note_compiled()
+        if not self.atomic:
+            self.session.units.note_compiled()
         return self.look(module, args, kwargs)
 
     def _pre_in_graph(

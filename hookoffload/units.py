@@ -52,6 +52,8 @@ class Units:
         self._divided: set[str] = set()  # seen not to work as one
         self._compiled: dict[str, int] = {}  # bytes of modules, by name
         self._look_for_compiled = True
+        # What `choose` last chose for: this is asked behind every pass.
+        self._chosen_for: tuple[int | None, int] | None = None
         self._told = False
 
     def divide(self, name: str) -> None:
@@ -70,6 +72,7 @@ class Units:
         self._choice = None
         self._divided = set()
         self._look_for_compiled = True
+        self._chosen_for = None
 
     def note_compiled(self) -> None:
         """Look for modules that were compiled behind the pass under way."""
@@ -115,9 +118,15 @@ class Units:
         if self._look_for_compiled:
             self._look_for_compiled = False
             self._compiled = _compiled_in_place(session)
-        for site in session.sites:
-            if site.bundled and site.was_wasted():
-                self._divided.add(site.name)
+            self._chosen_for = None
+        if self.now.bundles:
+            for site in session.sites:
+                if site.bundled and site.was_wasted():
+                    self._divided.add(site.name)
+        room = session.planner.room(session.policy.limit_bytes)
+        if self._chosen_for == (room, len(self._divided)):
+            return
+        self._chosen_for = room, len(self._divided)
         wanted = self.at(session.policy)
         if len(wanted.whole) < len(self._compiled):
             self._tell_of_compiled(set(self._compiled).difference(wanted.whole))
