@@ -33,7 +33,6 @@ copies to them: Ctrl-C, which only the main thread knows, finds a copy given or 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -70,15 +69,7 @@ class StreamCopyEngine:
 
     def wait(self, copy: Copy) -> None:
         """Make the current stream wait for the copy."""
-        if copy.queued is not None and not copy.queued.is_set():
-            began = time.perf_counter()
-            self._worker.wait(copy)
-            ended = time.perf_counter()
-            self._stalled += ended - began
-            if copy.entry is not None:
-                copy.entry.stall(began, ended)
-        if copy.error is not None:
-            raise copy.error
+        self._stalled += self._worker.finish(copy)
         ready = copy.ready
         if ready is None or ready.query():
             return

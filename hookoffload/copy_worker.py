@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
+import time
 import weakref
 from typing import Protocol
 
@@ -82,6 +83,24 @@ class Worker:
         while copy.queued is not None and not copy.queued.wait(timeout=1.0):
             if self._thread is None or not self._thread.is_alive():
                 self.put(copy)
+
+    def finish(self, copy: Copy) -> float:
+        """Return when a copy has been performed, and how many seconds that took.
+
+        Raises:
+            BaseException: What went wrong in it.
+        """
+        stalled = 0.0
+        if copy.queued is not None and not copy.queued.is_set():
+            began = time.perf_counter()
+            self.wait(copy)
+            ended = time.perf_counter()
+            stalled = ended - began
+            if copy.entry is not None:
+                copy.entry.stall(began, ended)
+        if copy.error is not None:
+            raise copy.error
+        return stalled
 
     def drain(self) -> None:
         """Return when every copy so far has been performed."""

@@ -32,15 +32,7 @@ class HostCopyEngine:
 
     def wait(self, copy: Copy) -> None:
         """Return when the bytes are there."""
-        if copy.queued is not None and not copy.queued.is_set():
-            began = time.perf_counter()
-            self._worker.wait(copy)
-            ended = time.perf_counter()
-            self._stalled += ended - began
-            if copy.entry is not None:
-                copy.entry.stall(began, ended)
-        if copy.error is not None:
-            raise copy.error
+        self._stalled += self._worker.finish(copy)
 
     def expect(self, coming: Sequence[Coming], nbytes: int) -> None:
         """Do nothing: files are read into the window, as far ahead as that goes."""
