@@ -35,11 +35,14 @@ class Site(NotCopied):
     [Note: hooks that stand by] Inside a forward of the root there is nothing to do for
     a module whose layers all stay bound, nor inside a bundle for one that is part of
     it. Then one hook is left, which looks whether the module is called by itself; if so
-    it hangs the pair again. The layers' memory is
-    their own, so what the forward hands out may be a view of it. What makes a layer
-    rest again, in the middle of a pass or between two, hangs the pair first
-    (`HookSet.layer_evicted`); only modules that no other layer runs inside of stand by,
-    so it is never done to one that is running.
+    it hangs the pair again. Memory of layers that stay bound is their own, so what the
+    forward hands out may be a view of it. A bundle's is not: its own hooks clear what
+    leaves it and what is kept inside it, and a module whose output was a view of a
+    weight when the probe looked is part of none. What makes a layer rest again, in the
+    middle of a pass or between two, hangs the pair first (`HookSet.layer_evicted`).
+    Nothing runs inside a module that stands by and can have its layer evicted, so that
+    is never done to one that is running; where another model could, bundles do not
+    stand by.
 
     Args:
         session: what the module is attached to.
