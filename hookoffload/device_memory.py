@@ -53,7 +53,7 @@ class DeviceMemory:
     def __init__(self, device: torch.device, budget: MemoryBudget) -> None:
         self.device = device
         self.budget = budget
-        self._module = None if device.type == "cpu" else _device_module(device)
+        self._module = _statistics_of(device)
         self._live: dict[int, Block] = {}
         self._transient: list[Block] = []  # one or two; residents can be thousands
 
@@ -136,6 +136,7 @@ class DeviceMemory:
 TRANSIENT_KINDS = frozenset({"window", "casts"})
 
 
-def _device_module(device: torch.device) -> Any:
+def _statistics_of(device: torch.device) -> Any:
+    """Return the module with the allocator's statistics; None for a CPU, without."""
     # torch.cuda, torch.xpu, torch.npu, torch.mps: the same names where they exist.
-    return torch.get_device_module(device)
+    return None if device.type == "cpu" else torch.get_device_module(device)

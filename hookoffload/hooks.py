@@ -275,7 +275,7 @@ class Site(NotCopied):
                     session.release(layer)
                 if session.calls.depth == 1:
                     failed = output is None and sys.exc_info()[0] is not None
-                    session.passes.end_part(complete=not failed)
+                    session.passes.end_part(output, complete=not failed)
             except BaseException:
                 session.torn = True
                 raise

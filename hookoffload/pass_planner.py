@@ -9,6 +9,7 @@ import torch
 
 from .assembly import Assembly
 from .budget import BudgetExceededError, MemoryBudget, format_gib
+from .containers import tensors_in
 from .device_memory import DeviceMemory
 from .layer import Layer
 from .plan import LayerSpec, Plan
@@ -17,6 +18,11 @@ from .resolved_policy import ResolvedPolicy
 
 logger = logging.getLogger(__name__)
 
+# The allocator hands out up to 1 MiB more than a tensor asks for, depending on what is
+# free: the same activations take a little more in one pass than in the one before.
+_ROOM_BYTES = 2 * 2**20
+_ROOM_SHARE = 64
+
 
 @dataclass
 class _Measured:
@@ -24,7 +30,7 @@ class _Measured:
 
     size: int
     activations: int
-    held: int  # of it, what there was before and after
+    held: int  # of it, what is there between passes, too
 
 
 class PassPlanner:
@@ -35,8 +41,11 @@ class PassPlanner:
     activations, and tensors of other code) is measured in a pass that streams
     everything: the first one, and each one whose inputs are larger than all before.
     What other code holds at the beginning of a later pass, beyond what it held then,
-    is added. On a CPU nobody can count activations apart: the limit bounds the
-    library's own bytes, and one plan serves all passes.
+    is added. So is what the allocator hands out beyond what is asked for: it cuts a
+    free block only if more than 1 MiB is left, which nobody can tell beforehand. It is
+    seen once a plan's blocks are there (`applied`), before the pass begins. On a CPU
+    nobody can count activations apart: the limit bounds the library's own bytes, and
+    one plan serves all passes.
 
     Args:
         policy: the limit and the placements.
@@ -63,6 +72,8 @@ class PassPlanner:
         self._streaming: tuple[Plan, int] | None = None  # see `streaming_bytes`
         self._adapter_bytes = 0
         self._measuring = False
+        self._held_before = 0  # by others, when the pass that measures began
+        self._checked: Plan | None = None  # the allocator's share of it was looked at
         self._warned = False
         self._ceiling: int | None = None  # what was found to fit, below the limit
         self.peak_bytes = 0
@@ -114,20 +125,38 @@ class PassPlanner:
             self._measuring = True
             return self._measuring_plan(limit)
         self._measuring = False
+        self._leave_room_beside(known)
+        return self.plan
+
+    def applied(self) -> Plan | None:
+        """Look at memory, now that it is what `for_pass` wanted it to be.
+
+        Returns:
+            Another plan, to be applied instead; None if the pass can begin.
+        """
+        if self._measuring:
+            self._memory.reset_peak()
+            self._held_before = self._held_by_others()
+            return None
+        known = self._entries.get(self._entry)
+        before = self.plan
+        if known is None or self._checked is before:
+            return None
+        self._checked = before
+        self._leave_room_beside(known)
+        return None if self.plan is before else self.plan
+
+    def _leave_room_beside(self, known: _Measured) -> None:
         growth = max(self._held_by_others() - known.held, 0)
         if known.activations + growth > self.plan.activation_bytes:
             self.plan = self.make(known.activations + growth + growth // 4)
-        return self.plan
-
-    def applied(self) -> None:
-        """Begin to measure, now that memory is what `for_pass` wanted it to be."""
-        if self._measuring:
-            self._memory.reset_peak()
 
     def _measuring_plan(self, limit: int) -> Plan:
-        # Unknown activations get three quarters of what is not needed at least.
-        spare = max(limit - self.plan.least_bytes, 0) * 3 // 4
-        return self.make(spare, keep_residents=False)
+        # Unknown activations get three quarters of what is neither taken by others
+        # nor needed at least.
+        held = self._held_by_others() if self._memory.measures_peak else 0
+        spare = max(limit - self.plan.least_bytes - held, 0) * 3 // 4
+        return self.make(held + spare, keep_residents=False)
 
     def beside(self, nbytes: int, plan: Plan) -> Plan:
         """Cut a plan down to what other models leave.
@@ -177,8 +206,13 @@ class PassPlanner:
         """Bytes that are on the device whatever is planned."""
         return 0 if self._assembly is None else self._always_bytes(self._assembly)
 
-    def after_pass(self, *, complete: bool) -> None:
-        """Look at what the pass that has ended took."""
+    def after_pass(self, *, complete: bool, output: object = None) -> None:
+        """Look at what the pass that has ended took.
+
+        Args:
+            complete: it came to its end.
+            output: what it returned.
+        """
         peak = self._memory.peak_bytes()
         if peak is None:
             return
@@ -189,7 +223,10 @@ class PassPlanner:
         beside = peak - self._budget.total_used
         if self._measuring and complete:
             self._measuring = False
-            measured = _Measured(self._size, beside, self._held_by_others())
+            held = self._held_between(output)
+            least_room = min(_ROOM_BYTES, limit // _ROOM_SHARE)
+            beside += max(least_room, (beside - held) // _ROOM_SHARE)
+            measured = _Measured(self._size, beside, held)
             self._entries[self._entry] = measured
             most = max(known.activations for known in self._entries.values())
             self._activations = most
@@ -339,6 +376,20 @@ class PassPlanner:
 
     def _held_by_others(self) -> int:
         return (self._memory.allocated_bytes() or 0) - self._budget.total_used
+
+    def _held_between(self, output: object) -> int:
+        """Return what others hold, without what the pass that ends has made.
+
+        Who keeps an output has it beside what the next pass takes.
+        """
+        held = self._held_by_others()
+        device = self._memory.device
+        made = {
+            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+            for tensor in tensors_in(output)
+            if tensor.device == device
+        }
+        return max(held - sum(made.values()), min(held, self._held_before))
 
     def _warn(self, peak: int, beside: int, limit: int) -> None:
         if self._warned:

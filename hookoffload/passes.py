@@ -83,8 +83,7 @@ class Passes:
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
         probing = self._probe_next and bool(session.sites)
         first = probing and not session.mover.counters.forwards
-        self.apply(session.planner.for_pass(size, probing=first))
-        session.planner.applied()
+        self._take(session.planner.for_pass(size, probing=first))
         all_stay = session.all_stay
         if probing:
             session.hooks.hang_all()
@@ -119,14 +118,13 @@ class Passes:
         if session.group is not None:
             session.group.note(session, name)
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
-        self.apply(session.planner.for_pass(size, probing=False, entry=name))
-        session.planner.applied()
+        self._take(session.planner.for_pass(size, probing=False, entry=name))
 
-    def end_part(self, *, complete: bool) -> None:
+    def end_part(self, output: object, *, complete: bool) -> None:
         """Account for the call of a part that has ended."""
-        self._session.planner.after_pass(complete=complete)
+        self._session.planner.after_pass(complete=complete, output=output)
 
-    def end(self, *, complete: bool) -> None:
+    def end(self, output: object, *, complete: bool) -> None:
         """Account for the forward that has ended."""
         session = self._session
         session.meter.end(complete=complete)
@@ -156,7 +154,7 @@ class Passes:
         session.mover.counters.forwards += complete
         if session.recorder is not None:
             session.recorder.end_pass(complete=complete)
-        session.planner.after_pass(complete=complete)
+        session.planner.after_pass(complete=complete, output=output)
         # They may also be why the limit was too small: the next forward plans for them.
         if joined and complete:
             self._join(joined)
@@ -173,6 +171,12 @@ class Passes:
             if not session.all_stay:
                 session.units.choose(enclosing)
             session.hooks.slim()
+
+    def _take(self, plan: Plan | None) -> None:
+        """Make memory what a pass needs that begins now."""
+        while plan is not None:
+            self.apply(plan)
+            plan = self._session.planner.applied()
 
     def apply(self, plan: Plan) -> None:
         """Make memory what the plan says, or less where the device has less."""

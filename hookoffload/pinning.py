@@ -35,7 +35,8 @@ from .progress import progress_bar
 
 logger = logging.getLogger(__name__)
 _HEAP_ALIGNMENT = 64  # what PyTorch's own CPU allocator gives
-_TRIM_BYTES = 2**28  # moved out of the heap before that is trimmed
+# Moved out of the heap before that is trimmed, and how many times at least.
+_TRIM_BYTES, _TRIMS = 2**28, 8
 
 
 class PageLock:
@@ -206,12 +207,13 @@ def _move_out_of_heap(masters: Sequence[Master]) -> None:
     if small:
         _move_into_slab(small)
     left = 0
+    total = sum(master.nbytes for master in masters)
     for master in masters:
         if master.nbytes < SMALL_TENSOR_BYTES:
             continue  # in the slab
         _move(master, empty_pages(master.nbytes))
         left += master.nbytes
-        if left >= _TRIM_BYTES:
+        if left >= min(_TRIM_BYTES, total // _TRIMS):
             _trim_heap()
             left = 0
     _trim_heap()

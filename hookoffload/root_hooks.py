@@ -96,7 +96,7 @@ class RootHooks(NotCopied):
             session.torn |= not isinstance(error, Exception)
             self.active -= 1
             if outermost:
-                session.passes.end(complete=False)
+                session.passes.end(None, complete=False)
             session.leave_call()
             raise
         return inputs
@@ -134,7 +134,7 @@ class RootHooks(NotCopied):
             self.active -= 1
             try:
                 if session.calls.depth == 1:
-                    session.passes.end(complete=not (failed and output is None))
+                    session.passes.end(output, complete=not (failed and output is None))
             except BaseException as error:
                 session.torn |= not isinstance(error, Exception)
                 raise

@@ -59,6 +59,9 @@ class Coded(torch.Tensor):
             return first
         if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
             return cls(func(first.codes), func(first.scale))
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device"):
+            device = kwargs["device"]
+            return cls(first.codes.to(device), first.scale.to(device))
         plain = [a.value() if isinstance(a, Coded) else a for a in args]
         return func(*plain, **kwargs)
 

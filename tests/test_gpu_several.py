@@ -43,13 +43,18 @@ class Wide(nn.Module):
         return torch.relu(self.encode(x))
 
 
+def _held() -> int:
+    gc.collect()
+    return torch.cuda.memory_allocated()
+
+
 @pytest.fixture(autouse=True)
-def _memory_is_given_back() -> Iterator[None]:
-    gc.collect()
-    before = torch.cuda.memory_allocated()
+def _memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = _held()
     yield
-    gc.collect()
-    assert torch.cuda.memory_allocated() <= before
+    # diffusers caches tables by the module that made them, for good.
+    if "a_pipeline_draws" not in request.node.name:
+        assert _held() <= before
 
 
 def _generate(models: dict[str, Any], x: torch.Tensor) -> list[torch.Tensor]:
@@ -151,11 +156,12 @@ def test_a_pipeline_draws_what_it_draws_on_the_gpu(name: str, share: float) -> N
     pipe.to("cuda")
     want = picture_of(pipe, options).cpu()
     pipe.to("cpu")
+    held = _held()
     components = components_of(pipe)
     before = {key: Picture(component) for key, component in components.items()}
     total = sum(p.nbytes for c in components.values() for p in c.parameters())
     # Tiny weights: room for activations and for cuBLAS's workspaces beside a share.
-    limit = (share * total + 96 * 2**20 + torch.cuda.memory_allocated()) / GIB
+    limit = (share * total + 96 * 2**20 + held) / GIB
     tiers: dict[str, Callable[[], dict[str, Any]]] = {
         "ram": dict,
         "disk": lambda: {"store": "disk"},
@@ -171,5 +177,6 @@ def test_a_pipeline_draws_what_it_draws_on_the_gpu(name: str, share: float) -> N
                 torch.cuda.reset_peak_memory_stats()
                 assert same_bits(picture_of(pipe, options).cpu(), want)
                 assert torch.cuda.max_memory_allocated() <= limit * GIB
+    assert _held() <= held
     for key, component in components.items():
         assert before[key].differences(component) == []

@@ -962,8 +962,9 @@ def test_on_a_gpu_it_is_within_the_limit_and_moves_away_with_the_model() -> None
     x = torch.randn(4, 4096).to(torch.bfloat16)
     lora = lora_of(model, rank=32)
     want = run(merged(model, (_rounded(lora, torch.bfloat16), 1.0)), x.double())
-    # Room for half of the weights, and for cuBLAS's workspace.
-    limit = 0.2
+    # Room for half of the weights beside cuBLAS's workspace.
+    run(copy.deepcopy(model[0]).cuda(), x.cuda())
+    limit = 0.17 + torch.cuda.memory_allocated() / GIB
     with offloaded_anywhere(model, compute_device="cuda", limit_gb=limit):
         for _ in range(2):
             run(model, x)
@@ -974,7 +975,7 @@ def test_on_a_gpu_it_is_within_the_limit_and_moves_away_with_the_model() -> None
             assert error < 0.05
         stats = offload_stats(model)
         factors = sum(2 * tensor.numel() for tensor in lora.values())
-        assert stats.peak_by_kind["adapters"] >= factors
+        assert _budget_of(model).by_kind()["adapters"] >= factors
         assert stats.peak_bytes <= limit * GIB
         offload(model)
         assert _budget_of(model).used == 0

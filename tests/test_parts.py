@@ -155,7 +155,7 @@ def test_a_part_leaves_what_its_activations_do_not_need_to_residents(
 ) -> None:
     model = Coder()
     _takes(model.decoder, 2 * LAYER, allocator)
-    attach_offload_hooks(model, _policy(8 + 2))
+    attach_offload_hooks(model, _policy(8 + 2.25))
     for _ in range(3):
         with torch.no_grad():
             model.decode(model.encode(X))

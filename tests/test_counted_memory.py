@@ -1,0 +1,178 @@
+"""The limit holds for what the device's allocator hands out, not for what is asked for.
+
+Seen without a GPU, on memory that is counted as CUDA's caching allocator does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from hookoffload import (
+    OffloadPolicy,
+    attach_offload_hooks,
+    detach,
+    offload_plan,
+    offload_stats,
+)
+from tests.samples import GIB, same_bits
+from tests.simulated_allocator import MIB, CachingAllocator, CountedMemory
+
+
+class Crooked(nn.Module):
+    """Linear layers of odd sizes, outputs of which are kept for a while."""
+
+    def __init__(self, choose: random.Random) -> None:
+        super().__init__()
+        sizes = [512, 900, 1100, 1333, 1500, 1777]
+        widths = [choose.choice(sizes) for _ in range(choose.randint(16, 24))]
+        self.width = widths[0]
+        self.parts = nn.ModuleList(
+            nn.Linear(wide, next_one, bias=choose.random() < 0.5)
+            for wide, next_one in itertools.pairwise(widths)
+        )
+        self.kept = [choose.random() < 0.3 for _ in self.parts]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        for part, keep in zip(self.parts, self.kept, strict=True):
+            x = torch.relu(part(x))
+            kept = [*kept[-1:], x] if keep else kept
+        return x
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> CountedMemory:
+    counted = CountedMemory()
+    counted.stand_in(monkeypatch)
+    return counted
+
+
+def _policy(limit: int) -> OffloadPolicy:
+    # From disk: what lies in RAM would not have to move for a CPU.
+    return OffloadPolicy(limit_gb=limit / GIB, compute_device="cpu", store="disk")
+
+
+@pytest.mark.parametrize("rows", [7, 800])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_allocators_peak_keeps_the_limit(
+    seed: int, rows: int, memory: CountedMemory
+) -> None:
+    choose = random.Random(f"{seed} {rows}")
+    torch.manual_seed(seed)
+    model = Crooked(choose)
+    size = sum(p.nbytes for p in model.parameters())
+    x = torch.randn(rows, model.width)
+    allocator = memory.allocator
+    with memory, torch.no_grad():
+        # What other code left behind: free blocks of all sizes, and blocks in use.
+        used = [
+            torch.empty(int(choose.uniform(0.2, 6) * MIB), dtype=torch.uint8)
+            for _ in range(choose.choice([0, 5, 20]))
+        ]
+        used = used[::3]
+        x = x.clone()
+        held = allocator.allocated
+        allocator.reset_peak()
+        want = model(x)
+        activations = allocator.peak - held
+        limit = int(held + 2 * activations + choose.uniform(0.4, 0.8) * size)
+        attach_offload_hooks(model, _policy(limit))
+        for _ in range(5):
+            allocator.reset_peak()
+            assert same_bits(model(x), want)
+            assert allocator.peak <= limit
+        assert offload_stats(model).peak_bytes <= limit
+        plan = offload_plan(model)
+        assert plan.total_bytes + plan.activation_bytes > limit * 3 // 4
+        detach(model)
+
+
+def test_what_others_hold_before_the_first_pass_is_theirs(
+    memory: CountedMemory,
+) -> None:
+    model = nn.Sequential(*(nn.Linear(1448, 1448, bias=False) for _ in range(13)))
+    x = torch.randn(2, 1448)
+    with memory, torch.no_grad():
+        workspace = torch.empty(101 * MIB, dtype=torch.uint8)
+        limit = memory.allocator.allocated + 20 * MIB
+        attach_offload_hooks(model, _policy(limit))
+        for _ in range(3):
+            model(x)
+        assert memory.allocator.peak <= limit
+        assert offload_stats(model).peak_bytes <= limit
+        detach(model)
+        del workspace
+
+
+def test_models_give_way_to_one_that_is_measured(memory: CountedMemory) -> None:
+    models = {
+        name: nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(depth)))
+        for name, depth in (("text", 6), ("unet", 10), ("vae", 6))
+    }
+    x = torch.randn(2, 1024)
+    with memory, torch.no_grad():
+        workspace = torch.empty(99 * MIB, dtype=torch.uint8)
+        limit = memory.allocator.allocated + 32 * MIB
+        attach_offload_hooks(models, _policy(limit))
+        for name in ("text", "unet", "text", "unet", "vae", "unet", "vae"):
+            models[name](x)
+            assert memory.allocator.peak <= limit
+        assert offload_stats(models).peak_bytes <= limit
+        detach(models)
+        del workspace
+
+
+def test_outputs_that_are_kept_take_room_from_residents(
+    memory: CountedMemory,
+) -> None:
+    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(26)))
+    x = torch.randn(2048, 1024)
+    with memory, torch.no_grad():
+        x = x.clone()
+        limit = memory.allocator.allocated + 80 * MIB
+        attach_offload_hooks(model, _policy(limit))
+        kept = []
+        for _ in range(4):
+            kept.append(model(x))
+            assert memory.allocator.peak <= limit
+        assert offload_stats(model).peak_bytes <= limit
+        detach(model)
+
+
+def test_a_block_is_cut_only_where_more_than_a_mebibyte_is_left() -> None:
+    allocator = CachingAllocator()
+    first = allocator.allocate(15 * MIB)  # gets a segment of 16
+    assert allocator.allocated == 16 * MIB
+    allocator.release(first)
+    allocator.allocate(14 * MIB)
+    assert allocator.allocated == 14 * MIB
+    allocator.allocate(5 * MIB)  # what is left is too small: a segment of 20
+    assert (allocator.allocated, allocator.reserved) == (19 * MIB, 36 * MIB)
+    allocator.allocate(100)
+    assert allocator.allocated == 19 * MIB + 512
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(5))
+def test_cudas_allocator_hands_out_as_much(seed: int) -> None:
+    choose = random.Random(seed)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    allocator = CachingAllocator()
+    # On a stream of its own, as nothing is free there.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        pairs = []
+        for _ in range(200):
+            if pairs and choose.random() < 0.4:
+                allocator.release(pairs.pop(choose.randrange(len(pairs)))[0])
+            else:
+                nbytes = int(2 ** choose.uniform(8, 26))
+                block = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+                pairs.append((allocator.allocate(nbytes), block))
+                del block
+            assert torch.cuda.memory_allocated() - before == allocator.allocated
