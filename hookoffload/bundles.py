@@ -25,13 +25,15 @@ from torch import nn
 from .gather import GatherSite
 from .layer import Layer
 from .partition import is_called, needs_outside_hooks
+from .window_size import largest_for_free
 
 if TYPE_CHECKING:
     from .hooks import Site
 
 # The window holds three of the largest layer: a bundle of a sixteenth of what there is
-# for weights leaves most of it to residents. 96 MiB take 2 ms at 50 GiB/s, beside which
-# what the host does for a layer does not count any more.
+# for weights leaves most of it to residents, and one of a third of the window that is
+# wanted anyway takes nothing from them. 96 MiB take 2 ms at 50 GiB/s, beside which what
+# the host does for a layer does not count any more.
 BUNDLE_SHARE = 16
 BUNDLE_BYTES = 96 * 2**20
 
@@ -169,6 +171,12 @@ def _overlap(one: str, other: str) -> bool:
     return f"{one}.".startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
-def most_bytes(room: int) -> int:
-    """Return what a bundle may take where there are so many bytes for weights."""
-    return min(room // BUNDLE_SHARE, BUNDLE_BYTES)
+def most_bytes(room: int, total: int) -> int:
+    """Return what a bundle may take.
+
+    Args:
+        room: bytes that there are for weights.
+        total: bytes of all weights.
+    """
+    most = max(room // BUNDLE_SHARE, largest_for_free(total, room))
+    return min(most, BUNDLE_BYTES)

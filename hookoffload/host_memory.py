@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 from pathlib import Path
@@ -110,3 +111,15 @@ def empty_pages(nbytes: int) -> torch.Tensor:
     # Private, or a forked child would write to its parent's.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
+
+
+def trim_heap() -> None:
+    """Have glibc give free pages in the middle of its heap back to the system.
+
+    Large tensors lie there, too, where there was a gap for them.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # musl has none
+        trim(0)

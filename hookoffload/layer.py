@@ -348,6 +348,13 @@ class Layer:
                 for piece in self.pieces:
                     piece.master.reconcile()
                 break
+        return self.known_revision()
+
+    def known_revision(self) -> int:
+        """Count the changes of the masters that have been noticed so far.
+
+        For a copy that begins before the forward: `revision` looks again then.
+        """
         total = 0
         for piece in self.pieces:
             master = piece.master

@@ -138,7 +138,7 @@ class LayerCopies:
         first = not now and layer.index == self.order.first
         if not now and streams and not self.window.has_room(layer, first=first):
             return False  # as half of all attempts to go on with copying
-        revision = layer.revision()
+        revision = layer.known_revision()  # if it is needed now, `bring` has looked
         tokens: tuple[object, ...] = ()
         moves: Callable[[], list[Move]] | None = None
         if not streams:

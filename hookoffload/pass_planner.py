@@ -60,7 +60,7 @@ class PassPlanner:
         self._budget = budget
         self._memory = memory
         self._assembly: Assembly | None = None
-        self._weight_bytes = 0  # of all its layers
+        self.weight_bytes = 0  # of all its layers
         self._looked_up: frozenset[int] = frozenset()
         self._order: tuple[int, ...] = ()
         self._activations: int | None = None  # measured, bytes
@@ -99,7 +99,7 @@ class PassPlanner:
         except BudgetExceededError:
             self._assembly, self._order, self._looked_up = before
             raise
-        self._weight_bytes = sum(layer.resident_bytes for layer in assembly.layers)
+        self.weight_bytes = sum(layer.resident_bytes for layer in assembly.layers)
 
     def forget(self) -> None:
         """Drop what refers to layers, behind detach."""
@@ -199,7 +199,7 @@ class PassPlanner:
         if limit_bytes is None or self._assembly is None:
             return None
         room = max(limit_bytes - self.fixed_bytes - (self._activations or 0), 0)
-        return None if self._weight_bytes <= room else room
+        return None if self.weight_bytes <= room else room
 
     @property
     def fixed_bytes(self) -> int:

@@ -29,7 +29,7 @@ import torch
 
 from .alignment import SMALL_TENSOR_BYTES, align
 from .budget import format_gib
-from .host_memory import default_cap, empty_pages
+from .host_memory import default_cap, empty_pages, trim_heap
 from .master import Master
 from .progress import progress_bar
 
@@ -214,9 +214,9 @@ def _move_out_of_heap(masters: Sequence[Master]) -> None:
         _move(master, empty_pages(master.nbytes))
         left += master.nbytes
         if left >= min(_TRIM_BYTES, total // _TRIMS):
-            _trim_heap()
+            trim_heap()
             left = 0
-    _trim_heap()
+    trim_heap()
 
 
 def _move_into_slab(masters: Sequence[Master]) -> None:
@@ -233,15 +233,6 @@ def _move(master: Master, pages: torch.Tensor) -> None:
     place = pages.view(master.flat.dtype)
     place.copy_(master.flat)
     master.become(place, None)
-
-
-def _trim_heap() -> None:
-    """Have glibc give free pages in the middle of its heap back to the system."""
-    if not sys.platform.startswith("linux"):
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # musl has none
-        trim(0)
 
 
 def _evenly(masters: list[Master], share: float) -> list[Master]:

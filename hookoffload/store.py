@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
-from .host_memory import reclaimable_memory
+from .host_memory import reclaimable_memory, trim_heap
 from .master import Master
 from .origins import Origins
 from .placement import Placement
@@ -148,6 +148,7 @@ class Store:
         for name, master in zip(names, spilled, strict=True):
             location = file.tensors[name]
             master.become(file.mapped(location), location)
+        trim_heap()  # or the RAM would be this process's for good
 
     def _make_folder(self) -> Path:
         where = self._disk_dir or Path(tempfile.gettempdir())

@@ -90,7 +90,8 @@ class Units:
         )
         bundles: tuple[str, ...] = ()
         if self._choice is not None:
-            bundles = self._choice.of_at_most(most_bytes(room), self._divided, whole)
+            most = most_bytes(room, self._session.planner.weight_bytes)
+            bundles = self._choice.of_at_most(most, self._divided, whole)
         return Unit(bundles, whole)
 
     def make(self, wanted: Unit) -> None:

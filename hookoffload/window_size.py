@@ -31,3 +31,13 @@ def ring_wanted(largest: int, total: int, block: int = 0) -> int:
     """
     enough = min(max(WINDOW_BYTES, block), total // WINDOW_SHARE)
     return min(total, max(WINDOW_LAYERS * largest, enough))
+
+
+def largest_for_free(total: int, room: int) -> int:
+    """How large a layer may be that does not make the window larger.
+
+    Args:
+        total: Bytes of all layers.
+        room: Bytes for window and residents, half of which the window may take.
+    """
+    return min(WINDOW_BYTES, total // WINDOW_SHARE, room // 2) // WINDOW_LAYERS
