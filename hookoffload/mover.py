@@ -67,14 +67,22 @@ class LayerMover:
         """Expect the layers as a pass has been seen to ask for them."""
         self.copies.set_layers(self.layers, ExecutionOrder(seen))
 
-    def apply(self, plan: Plan) -> None:
+    def apply(self, plan: Plan, most: int | None = None) -> bool:
         """Make memory what the plan says: give up first, take second.
+
+        Args:
+            plan: the plan.
+            most: bytes that PyTorch's allocator may hold; None: nobody counts them.
+
+        Returns:
+            Whether all of it is there; if not, blocks took more than their bytes, and
+            there must be another plan.
 
         Raises:
             BudgetExceededError: It does not fit; then nothing is resident or taken.
         """
         if plan == self.plan:
-            return
+            return True
         self.copies.cancel_prefetches()
         for layer in self.layers:
             layer.keep = layer.index in plan.resident
@@ -84,6 +92,9 @@ class LayerMover:
             self.window.resize(plan)
             for layer in self.layers:
                 if layer.keep and layer.resident is None and layer.pieces:
+                    if most is not None and not self._fits(layer.resident_bytes, most):
+                        self.plan = None
+                        return False
                     layer.resident = self._residence(layer)
                     layer.copied_revision = -1
         except BaseException:
@@ -92,6 +103,10 @@ class LayerMover:
             raise
         self.copies.replan(plan.activation_bytes)
         self.plan = plan
+        return True
+
+    def _fits(self, nbytes: int, most: int) -> bool:
+        return (self.memory.allocated_bytes() or 0) + nbytes <= most
 
     def _residence(self, layer: Layer) -> list[Block]:
         blocks: list[Block] = []

@@ -175,17 +175,20 @@ class Passes:
     def _take(self, plan: Plan | None) -> None:
         """Make memory what a pass needs that begins now."""
         while plan is not None:
-            self.apply(plan)
-            plan = self._session.planner.applied()
+            complete = self.apply(plan)
+            plan = self._session.planner.applied(complete=complete)
 
-    def apply(self, plan: Plan) -> None:
-        """Make memory what the plan says, or less where the device has less."""
+    def apply(self, plan: Plan) -> bool:
+        """Make memory what the plan says, or less where the device has less.
+
+        Returns:
+            Whether all of it is there, see `LayerMover.apply`.
+        """
         session, group = self._session, self._session.group
         while True:
             fitting = plan if group is None else group.fit(session, plan)
             try:
-                session.mover.apply(fitting)
-                return
+                return session.mover.apply(fitting, session.planner.most_bytes)
             except torch.OutOfMemoryError:
                 if group is not None and group.give_all(session):
                     continue
