@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from .alignment import align
 from .checkpoint_index import CheckpointPaths, find_tensors
+from .coded_residents import fastest
 from .cost import Rates
 from .opened_file import read_extents
 from .plan import LayerSpec, Plan
@@ -119,14 +120,19 @@ def plan_of_headers(
             tiers.kind,
         )
         specs = specs_of(lambda index: index not in in_ram)
-    plan = make_plan(
-        specs,
-        order=[i for i, spec in enumerate(specs) if not spec.in_place],
-        chains=chains,
-        limit_bytes=limit_bytes,
-        activation_bytes=activation_bytes,
-    )
-    return replace(plan, device=tiers.device, rates=rates)
+
+    def plan_at(code_share: float) -> Plan:
+        plan = make_plan(
+            specs,
+            order=[i for i, spec in enumerate(specs) if not spec.in_place],
+            chains=chains,
+            limit_bytes=limit_bytes,
+            activation_bytes=activation_bytes,
+            code_share=code_share,
+        )
+        return replace(plan, device=tiers.device, rates=rates)
+
+    return plan_at(1.0) if rates is None else fastest(plan_at, rates)
 
 
 def _host_tier(
@@ -194,7 +200,7 @@ def _sized(
     may_stay = tiers.may_stay
     region = copied = decoded = cast = resident = resident_cast = waiting = 0
     readable = tiers.kind == "cpu" and not on_disk
-    as_it_is, any_coded = True, False
+    as_it_is, as_copied, any_coded = True, True, False
     dtypes = []
     for code, nbytes in tensors:
         held_as = tiers.held_as(code, on_disk)
@@ -213,12 +219,13 @@ def _sized(
         any_coded |= coded > 0
         rest = coded or rest
         copied += rest
-        stays_as_copied = held_as.resident == held_as.rest and not coded
+        uncast = held_as.resident == held_as.rest
         if not readable:
             region += align(rest)
-        elif stays_as_copied:
+        elif uncast and not coded:
             may_stay = False
-        as_it_is &= not readable and stays_as_copied
+        as_copied &= not readable and uncast
+        as_it_is &= as_copied and not coded
         if casts:
             cast += align(count * ITEMSIZES[held_as.compute])
         if held_as.resident != held_as.compute:
@@ -235,5 +242,6 @@ def _sized(
         "disk_bytes": copied if on_disk else 0,
         "host_bytes": waiting,
         "decoded_bytes": decoded if any_coded else 0,
+        "coded_bytes": region if any_coded and as_copied else 0,
         "dtype": dtype_label(dtypes),
     }

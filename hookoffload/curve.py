@@ -36,6 +36,7 @@ def at_limit(plan: Plan, limit_bytes: int | None) -> Plan:
         limit_bytes=limit_bytes,
         always_bytes=plan.always_bytes,
         activation_bytes=plan.activation_bytes,
+        code_share=plan.code_share,
     )
     return replace(made, device=plan.device, rates=plan.rates)
 

@@ -36,6 +36,12 @@ def stats_of(session: Session) -> OffloadStats:
         coded_bytes=sum(m.nbytes for m in coded),
         decoded_bytes=sum(m.plain_bytes for m in coded),
         decode_seconds=_decode_seconds(session),
+        coded_resident_bytes=sum(
+            block.bytes.numel()
+            for layer in session.layers
+            if layer.keeps_code
+            for block in layer.resident or ()
+        ),
     )
 
 

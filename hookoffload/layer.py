@@ -11,6 +11,7 @@ from .alignment import SMALL_TENSOR_BYTES, align
 from .copies import Copy
 from .device_memory import Block
 from .layer_parts import Piece, RegionViews, resident_dtype, values_in
+from .layer_values import rest_source, value_of
 from .master import Master, Member, version_of
 from .ring import Region, RegionRing, RegionStack
 
@@ -47,6 +48,7 @@ class Layer:
         "bound",
         "can_stay",
         "cast_bytes",
+        "coded_bytes",
         "copied_revision",
         "copy",
         "copy_bytes",
@@ -55,6 +57,7 @@ class Layer:
         "home",
         "index",
         "keep",
+        "keeps_code",
         "masters",
         "name",
         "pieces",
@@ -82,6 +85,7 @@ class Layer:
         self.cast_bytes = 0
         self.resident_bytes = 0
         self.resident_cast_bytes = 0
+        self.coded_bytes = 0  # resident and kept coded; 0 if it cannot be
         self.can_stay = False
         # How many running forwards need it: bound at 0 -> 1, released at 1 -> 0.
         self.bound = 0
@@ -89,6 +93,7 @@ class Layer:
         self.held = False  # other layers can run while it is bound
         self.keep = False  # the plan wants it resident
         self.resident: list[Block] | None = None
+        self.keeps_code = False  # the residence holds what was copied, coded
         self.stays_bound = False  # resident without a cast: bound between passes too
         self.stands_in = False  # an embedding's weight is a stand-in for its table
         self.copy: Copy | None = None
@@ -150,6 +155,7 @@ class Layer:
         self.stream_bytes = self._place_pieces()
         self.cast_bytes = scratch
         self.resident_cast_bytes = resident_scratch
+        self.coded_bytes = self.stream_bytes if self._can_keep_code() else 0
 
     def _place_pieces(self) -> int:
         """Give pieces their places in the region, the small ones side by side.
@@ -165,6 +171,24 @@ class Layer:
             piece.region_offset = end
             end += align(piece.master.nbytes)
         return end
+
+    def _can_keep_code(self) -> bool:
+        """Tell whether a residence can hold the bytes as they are copied, coded."""
+        coded = any(piece.master.code is not None for piece in self.pieces)
+        return coded and all(p.is_kept_as_copied(coded=True) for p in self.pieces)
+
+    def residence_bytes(self, piece: Piece) -> int:
+        """Return what a piece takes in the residence that the plan wants."""
+        master = piece.master
+        if self.keeps_code:
+            return master.nbytes
+        return master.count * resident_dtype(master).itemsize
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch that it is cast or decoded into when it is bound now."""
+        decoded = self.resident is not None and not self.keeps_code
+        return self.resident_cast_bytes if decoded else self.cast_bytes
 
     @property
     def is_usable(self) -> bool:
@@ -198,12 +222,14 @@ class Layer:
         )
 
     @property
+    def is_kept_as_copied(self) -> bool:
+        """Whether a resident that is not kept coded holds the bytes as they come."""
+        return all(piece.is_kept_as_copied(coded=False) for piece in self.pieces)
+
+    @property
     def copies_into_residence(self) -> bool:
-        """Whether a resident holds the bytes at rest as they are."""
-        return all(
-            piece.region_offset is not None and piece.master.codec.resident_as_copied
-            for piece in self.pieces
-        )
+        """Whether the residence holds the bytes as they come."""
+        return self.keeps_code or self.is_kept_as_copied
 
     def bind(self, region_block: Block | None) -> None:
         """Point every member at its value on the compute device.
@@ -219,7 +245,7 @@ class Layer:
             values = [
                 valued
                 for index, piece in enumerate(self.pieces)
-                for valued in values_in(piece, *self._value(index, piece, region_block))
+                for valued in values_in(piece, *value_of(self, index, region_block))
             ]
         for member, value, pointer in values:
             member.set_data(value)
@@ -253,71 +279,8 @@ class Layer:
             if piece.scratch_offset is not None or values is None:
                 values = None
             else:
-                values += values_in(piece, *self._rest_source(piece, block))
+                values += values_in(piece, *rest_source(self, piece, block))
         return RegionViews(targets, values)
-
-    def _value(
-        self,
-        index: int,
-        piece: Piece,
-        region_block: Block | None,
-    ) -> tuple[torch.Tensor, int]:
-        """Return a flat tensor and the element at which the master's value begins."""
-        master = piece.master
-        dtype = master.codec.compute
-        count = master.count
-        resident: torch.Tensor | None = None
-        cast_to = piece.scratch_offset
-        if self.resident is not None:
-            resident = self.resident[index].typed(resident_dtype(master))
-            cast_to = piece.resident_scratch_offset
-        if cast_to is None:
-            if resident is not None:
-                return resident, 0
-            return self._rest_source(piece, region_block)
-        assert self.scratch_block is not None and self.scratch is not None
-        target = self.scratch_block.typed(dtype)
-        first = (self.scratch.offset + cast_to) // dtype.itemsize
-        value = target[first : first + count]
-        if resident is not None:
-            value.copy_(resident[:count])
-        else:
-            self._expand(piece, region_block, value)
-        return target, first
-
-    def fill_residence(self, blocks: list[Block], region_block: Block | None) -> None:
-        """Cast or decode the layer's streamed bytes into its resident blocks."""
-        for index, piece in enumerate(self.pieces):
-            target = blocks[index].typed(resident_dtype(piece.master))
-            self._expand(piece, region_block, target[: piece.master.count])
-
-    def _expand(
-        self, piece: Piece, region_block: Block | None, target: torch.Tensor
-    ) -> None:
-        """Cast or decode what was copied of a master."""
-        master, code = piece.master, piece.master.code
-        if code is None:
-            source, start = self._rest_source(piece, region_block)
-            target.copy_(source[start : start + master.count])
-        elif not code.fits:
-            target.copy_(master.flat)  # see [Note: coded masters]
-        elif piece.region_offset is None:
-            code.decode_into(code.data, target)
-        else:
-            assert region_block is not None and self.region is not None
-            start = self.region.offset + piece.region_offset
-            code.decode_into(region_block.bytes[start : start + code.nbytes], target)
-
-    def _rest_source(
-        self, piece: Piece, region_block: Block | None
-    ) -> tuple[torch.Tensor, int]:
-        master = piece.master
-        if piece.region_offset is None:
-            return master.flat, 0
-        assert region_block is not None and self.region is not None
-        dtype = torch.uint8 if master.mixed else master.codec.rest
-        start = (self.region.offset + piece.region_offset) // dtype.itemsize
-        return region_block.typed(dtype), start
 
     def write_back(self) -> bool:
         """Copy bound values that were written to since `bind` into their masters.
@@ -369,7 +332,7 @@ class Layer:
 
         Only then may members point at it between passes: ``.dtype`` stays right.
         """
-        return all(
+        return not self.keeps_code and all(
             piece.resident_scratch_offset is None
             and piece.master.codec.resident == piece.master.codec.rest
             and all(member.stays for member in piece.master.members)

@@ -10,6 +10,7 @@ from .copies import Copy
 from .copy_engine import make_copy_engine
 from .device_memory import DeviceMemory
 from .layer import Layer
+from .layer_values import fill_residence
 from .moves import Move
 from .order import ExecutionOrder
 from .profiler_ranges import profiler_range
@@ -101,7 +102,7 @@ class LayerCopies:
         if layer.copy is not None:
             self._finish(layer)
         if layer.resident is not None and not layer.copies_into_residence:
-            layer.fill_residence(layer.resident, self.window.block_of(layer))
+            fill_residence(layer, layer.resident, self.window.block_of(layer))
             layer.copied_revision = revision
             self.window.release(layer)
 
@@ -143,6 +144,8 @@ class LayerCopies:
         moves: Callable[[], list[Move]] | None = None
         if not streams:
             assert layer.resident is not None
+            if layer.is_filled:
+                self.engine.fence()  # forwards under way may still read what was there
             pieces = [
                 (piece.master, block.bytes[: piece.master.nbytes])
                 for piece, block in zip(layer.pieces, layer.resident, strict=True)

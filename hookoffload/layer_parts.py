@@ -34,6 +34,17 @@ class Piece:
         self.scratch_offset: int | None = None
         self.resident_scratch_offset: int | None = None
 
+    def is_kept_as_copied(self, *, coded: bool) -> bool:
+        """Tell whether a residence would hold its bytes as they come.
+
+        Args:
+            coded: the residence keeps codes.
+        """
+        if self.region_offset is None:
+            return False
+        codec = self.master.codec
+        return codec.resident_as_copied or (coded and codec.coded)
+
 
 class RegionViews:
     """A layer's bytes in one place of the window, as copies and as forwards see them.

@@ -11,6 +11,11 @@ comes beside it, which ``offload_stats`` counts. Its storage cannot be emptied
 (``resize_(0)``) meanwhile: a sum, a clone or an edit of such a parameter ends the
 process, and a copy by NumPy or `copy.deepcopy` has arbitrary values.
 
+A resident layer has them decoded in its memory on the compute device, and is bound
+between passes as without a codec; or it keeps the coded bytes there and is decoded into
+the scratch for each forward, see [Note: residents that are kept coded]. Then its
+members rest at their masters between forwards, as those of streamed layers do.
+
 A code belongs to one revision of its master. Onload, for all of them at once, and
 `Layer.revision`, before a copy begins, have the code of a master that was written to
 made anew, in the same bytes; the layer keeps its geometry. Values that then need more

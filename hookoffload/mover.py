@@ -11,7 +11,6 @@ from .budget import MemoryBudget
 from .device_memory import Block, DeviceMemory
 from .layer import Layer
 from .layer_copies import LayerCopies
-from .layer_parts import resident_dtype
 from .order import ExecutionOrder
 from .plan import Plan
 from .profiler_ranges import LayerRanges
@@ -86,13 +85,15 @@ class LayerMover:
         self.copies.cancel_prefetches()
         for layer in self.layers:
             layer.keep = layer.index in plan.resident
-            if not layer.keep and layer.resident is not None:
+            stays = layer.keep and layer.keeps_code == (layer.index in plan.kept_coded)
+            if layer.resident is not None and not stays:
                 self.evict(layer)
         try:
             self.window.resize(plan)
             for layer in self.layers:
                 if layer.keep and layer.resident is None and layer.pieces:
-                    if most is not None and not self._fits(layer.resident_bytes, most):
+                    layer.keeps_code = layer.index in plan.kept_coded
+                    if most is not None and not self._fits(layer, most):
                         self.plan = None
                         return False
                     layer.resident = self._residence(layer)
@@ -105,14 +106,15 @@ class LayerMover:
         self.plan = plan
         return True
 
-    def _fits(self, nbytes: int, most: int) -> bool:
+    def _fits(self, layer: Layer, most: int) -> bool:
+        nbytes = layer.coded_bytes if layer.keeps_code else layer.resident_bytes
         return (self.memory.allocated_bytes() or 0) + nbytes <= most
 
     def _residence(self, layer: Layer) -> list[Block]:
         blocks: list[Block] = []
         try:
             for piece in layer.pieces:
-                size = piece.master.count * resident_dtype(piece.master).itemsize
+                size = layer.residence_bytes(piece)
                 blocks.append(self.memory.allocate("residents", size, layer.name))
         except BaseException:
             for block in blocks:
@@ -165,8 +167,7 @@ class LayerMover:
         self.copies.prefetch()
 
     def _take_scratch(self, layer: Layer) -> None:
-        resident = layer.resident is not None
-        size = layer.resident_cast_bytes if resident else layer.cast_bytes
+        size = layer.scratch_bytes
         if not size or self.window.take_scratch(layer, size):
             return
         try:  # more is in use at once than the plan knows of, as in `LayerCopies._room`
@@ -213,6 +214,7 @@ class LayerMover:
         for block in layer.resident or ():
             self.memory.free(block)
         layer.resident = None
+        layer.keeps_code = False
         layer.copied_revision = -1
 
     @property

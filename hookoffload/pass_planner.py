@@ -9,10 +9,12 @@ import torch
 
 from .assembly import Assembly
 from .budget import BudgetExceededError, MemoryBudget, format_gib
+from .coded_residents import fastest
 from .containers import tensors_in
+from .cost import Rates
 from .device_memory import DeviceMemory
-from .layer import Layer
-from .plan import LayerSpec, Plan
+from .layer_specs import spec_of
+from .plan import Plan
 from .planner import make_plan
 from .resolved_policy import ResolvedPolicy
 
@@ -80,6 +82,8 @@ class PassPlanner:
         self._checked: Plan | None = None  # the allocator's share of it was looked at
         self._warned = False
         self._ceiling: int | None = None  # what was found to fit, below the limit
+        self._code_share = 1.0  # of what can be; see `weigh_codes`
+        self.weighed = False
         self.peak_bytes = 0
         self.plan: Plan
 
@@ -265,18 +269,19 @@ class PassPlanner:
         Raises:
             BudgetExceededError: It is below the least; the old limit stands.
         """
-        before = (self._policy, self._ceiling)
-        self._policy, self._ceiling = policy, None
+        before = (self._policy, self._ceiling, self._code_share)
+        self._policy, self._ceiling, self._code_share = policy, None, 1.0
         try:
             self.plan = self.make(self._activations or 0)
         except BudgetExceededError:
-            self._policy, self._ceiling = before
+            self._policy, self._ceiling, self._code_share = before
             raise
-        self._warned = False
+        self._warned = self.weighed = False
 
     def follow(self, policy: ResolvedPolicy) -> None:
         """Take a policy for layers that are told next, with `set_assembly`."""
         self._policy, self._ceiling = policy, None
+        self._code_share, self.weighed = 1.0, False
 
     def set_adapter_bytes(self, nbytes: int) -> None:
         """Plan beside so many bytes of adapters, which are always on the device.
@@ -291,6 +296,23 @@ class PassPlanner:
         except BudgetExceededError:
             self._adapter_bytes = before
             raise
+
+    def weigh_codes(self, rates: Rates) -> None:
+        """Plan with as many residents kept coded as make passes shortest.
+
+        Once for each limit: another answer would have them all brought in again.
+        """
+        beside = self.plan.activation_bytes
+        self.weighed = True
+
+        def plan_at(share: float) -> Plan:
+            self._code_share = share
+            return self.make(beside)
+
+        try:
+            self.plan = fastest(plan_at, rates)
+        finally:
+            self._code_share = self.plan.code_share
 
     def step_down(self, taken: int) -> bool:
         """Plan for less, because the device ran out of memory.
@@ -366,13 +388,14 @@ class PassPlanner:
     ) -> Plan:
         on_device = self._onload_on_device and self._limit == 0
         return make_plan(
-            [_spec(layer, used=layer.index in used) for layer in assembly.layers],
+            [spec_of(layer, used=layer.index in used) for layer in assembly.layers],
             order=[index for index in self._order if index in used],
             chains=[tuple(i for i in c if i in used) for c in assembly.chains],
             limit_bytes=None if on_device else self._limit,
             always_bytes=self._always_bytes(assembly),
             activation_bytes=activations,
             keep_residents=keep_residents,
+            code_share=self._code_share,
         )
 
     def _fits_whole(self, assembly: Assembly, activations: int) -> bool:
@@ -424,28 +447,3 @@ class PassPlanner:
             format_gib(self._budget.total_used),
             (beside + self.plan.least_bytes) / 2**30 + 0.01,
         )
-
-
-def _spec(layer: Layer, *, used: bool) -> LayerSpec:
-    if not used:
-        return LayerSpec(
-            name=layer.name,
-            stream_bytes=0,
-            copy_bytes=0,
-            can_stay=False,
-            host_bytes=layer.host_bytes,
-        )
-    return LayerSpec(
-        name=layer.name,
-        stream_bytes=layer.stream_bytes,
-        copy_bytes=layer.copy_bytes,
-        decoded_bytes=layer.decoded_bytes,
-        cast_bytes=layer.cast_bytes,
-        resident_bytes=layer.resident_bytes,
-        resident_cast_bytes=layer.resident_cast_bytes,
-        transit_bytes=0 if layer.copies_into_residence else layer.stream_bytes,
-        held=layer.held,
-        can_stay=layer.can_stay,
-        disk_bytes=layer.disk_bytes,
-        host_bytes=layer.host_bytes,
-    )

@@ -11,7 +11,7 @@ import torch
 
 from .budget import BudgetExceededError
 from .calls import in_functional_call
-from .code_choice import code_by
+from .code_choice import follow
 from .containers import tensors_in
 from .plan import Plan
 from .probe import Probe, hint_at_sideways_reads, reads_of_siblings
@@ -74,9 +74,9 @@ class Passes:
             session.edits.sync_masters()
         session.edits.take_over_writes()
         measured = session.meter.take()
-        if measured is not None and measured.waits:
+        if measured is not None:
             with torch.inference_mode(False):
-                code_by(session, measured)
+                follow(session, measured)
         session.begin_outermost_call()
         if session.group is not None:
             session.group.note(session, "")

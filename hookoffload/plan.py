@@ -28,6 +28,8 @@ class LayerSpec:
         disk_bytes: Bytes that are read from disk each time it is brought in.
         host_bytes: Bytes of it that wait in host RAM.
         decoded_bytes: What `copy_bytes` are once they are decoded, if they are coded.
+        coded_bytes: Bytes it keeps on the device when resident and kept coded; it is
+            decoded into `cast_bytes` of scratch then. 0 if it cannot be.
         dtype: What its tensors are, for readers: "BF16", or "F8_E4M3>BF16" for one
             that is cast. Empty where it does not matter.
     """
@@ -44,6 +46,7 @@ class LayerSpec:
     disk_bytes: int = 0
     host_bytes: int = 0
     decoded_bytes: int = 0
+    coded_bytes: int = 0
     dtype: str = ""
 
     @property
@@ -72,6 +75,9 @@ class Plan:
         always_bytes: Bytes that are on the device whatever is planned: buffers.
         activation_bytes: Bytes left free for what the model itself computes.
         chains: Layers that are bound at the same time at some moment, by index.
+        kept_coded: Those of `resident` that are kept coded, and decoded for each of
+            their forwards.
+        code_share: What share of the layers it was free to keep coded.
         device: The compute device by name; empty where it does not matter.
         rates: How fast the machine is, if somebody said so.
     """
@@ -87,6 +93,8 @@ class Plan:
     always_bytes: int
     activation_bytes: int
     chains: tuple[tuple[int, ...], ...] = ()
+    kept_coded: frozenset[int] = frozenset()
+    code_share: float = 1.0
     device: str = ""
     rates: Rates | None = None
 
@@ -98,7 +106,14 @@ class Plan:
     @property
     def resident_bytes(self) -> int:
         """Bytes of all resident layers."""
-        return sum(self.layers[index].resident_bytes for index in self.resident)
+        decoded = self.resident - self.kept_coded
+        whole = sum(self.layers[index].resident_bytes for index in decoded)
+        return whole + self.kept_coded_bytes
+
+    @property
+    def kept_coded_bytes(self) -> int:
+        """Bytes of the residents that are kept coded."""
+        return sum(self.layers[index].coded_bytes for index in self.kept_coded)
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -126,7 +141,8 @@ class Plan:
     @property
     def decoded_bytes(self) -> int:
         """Bytes of the weights that one pass decodes."""
-        return sum(layer.decoded_bytes for layer in self._brought_in())
+        kept = self.resident - self.kept_coded
+        return sum(self.layers[i].decoded_bytes for i in self.order if i not in kept)
 
     @property
     def link_bytes(self) -> int:

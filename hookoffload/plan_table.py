@@ -82,21 +82,27 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
     coded = any(layer.decoded_bytes for layer in plan.layers)
     rows = [
         ("limit", limit, f"least {format_gib_up(plan.least_bytes)} GiB"),
-        ("residents", format_gib(plan.resident_bytes), f"{len(plan.resident)} layers"),
+        ("residents", format_gib(plan.resident_bytes), _residents(plan)),
         (
             "window",
             format_gib(plan.window_bytes),
             f"{format_gib(plan.ring_bytes)} first in first out, "
             f"{format_gib(plan.stack_bytes)} held",
         ),
-        ("casts", format_gib(plan.scratch_bytes), "and decoding" if coded else ""),
+        (
+            "casts",
+            format_gib(plan.scratch_bytes),
+            f"and decoding, {format_gib(plan.decoded_bytes)} a pass" if coded else "",
+        ),
         ("always there", format_gib(plan.always_bytes), ""),
         ("activations", format_gib(plan.activation_bytes), ""),
         ("together", format_gib(plan.total_bytes + plan.activation_bytes), ""),
         (
             "copied per pass",
             format_gib(plan.pass_bytes),
-            f"coded, {plan.coded_share:.1%} of the weights" if coded else "",
+            f"coded, {plan.coded_share:.1%} of the weights"
+            if coded and plan.pass_bytes
+            else "",
         ),
     ]
     if plan.divided:
@@ -169,6 +175,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "layers": len(plan.layers),
         "resident_layers": len(plan.resident),
         "resident_bytes": plan.resident_bytes,
+        "coded_resident_layers": len(plan.kept_coded),
+        "coded_resident_bytes": plan.kept_coded_bytes,
         "window_bytes": plan.window_bytes,
         "cast_bytes": plan.scratch_bytes,
         "always_bytes": plan.always_bytes,
@@ -176,12 +184,21 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "together_bytes": plan.total_bytes + plan.activation_bytes,
         "pass_bytes": plan.pass_bytes,
         "coded_share": plan.coded_share,
+        "decoded_bytes": plan.decoded_bytes,
         "link_bytes": plan.link_bytes,
         "disk_bytes": plan.disk_bytes,
         "host_bytes": plan.host_bytes,
         "predicted": predicted,
         "groups": groups,
     }
+
+
+def _residents(plan: Plan) -> str:
+    layers = f"{len(plan.resident)} layers"
+    if not plan.kept_coded:
+        return layers
+    nbytes = format_gib(plan.kept_coded_bytes)
+    return f"{layers}, {len(plan.kept_coded)} of them coded, {nbytes}"
 
 
 def _seconds(prediction: Prediction) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .block_order import block_of
 from .budget import BudgetExceededError, format_gib_up, format_limit
+from .coded_residents import codable_residents
 from .plan import LayerSpec, Plan
 from .priorities import priorities
 from .window_size import WINDOW_ROOM_SHARE, ring_wanted
@@ -25,12 +26,16 @@ def make_plan(
     always_bytes: int = 0,
     activation_bytes: int = 0,
     keep_residents: bool = True,
+    code_share: float = 1.0,
 ) -> Plan:
     """Chooses the residents and the size of the window.
 
     One list of priorities, which does not depend on the limit, is cut off where the
     memory ends. So the residents of a smaller limit are a subset of those of a larger
     one, and more memory never means more bytes over the link.
+
+    Residents are kept coded, as far as that is possible, where not all fit decoded:
+    see [Note: residents that are kept coded].
 
     Args:
         layers: Every layer of the model.
@@ -43,6 +48,8 @@ def make_plan(
         activation_bytes: Bytes to leave for activations. They shrink what is left for
             residents and window, but never make a limit impossible.
         keep_residents: False streams everything, as a first, measuring pass does.
+        code_share: The share of what could be kept coded that may be; the rest is
+            decoded once, when it becomes resident.
 
     Returns:
         The plan. It keeps the limit, activations included, unless these leave less
@@ -63,7 +70,8 @@ def make_plan(
     """
     layers = tuple(layers)
     priority, small_count = priorities(layers, order)
-    needs = _Needs(layers, chains, frozenset(priority))
+    codable = codable_residents(layers, order, code_share)
+    needs = _Needs(layers, chains, frozenset(priority), codable)
     least = _Least.of(layers, needs.chains, always_bytes)
     if limit_bytes is not None and 0 < limit_bytes < least.total:
         raise BudgetExceededError(least.explain(limit_bytes))
@@ -78,11 +86,16 @@ def make_plan(
         beside_least = room - least.stack - least.scratch - least.ring
         small_stay = small * SMALL_LAYERS_SHARE <= beside_least
 
+    def fits() -> bool:
+        return room is None or needs.total(needs.ring_wanted(room)) <= room
+
     # From the end of the list: the first count that fits is the largest that does.
-    count = len(priority)
+    count, decoded = len(priority), len(codable)
+    while decoded and not fits():
+        decoded -= 1
+        needs.keep_coded(decoded)
     while count:
-        fits = room is None or needs.total(needs.ring_wanted(room)) <= room
-        if keep_residents and (fits or (count == small_count and small_stay)):
+        if keep_residents and (fits() or (count == small_count and small_stay)):
             break
         count -= 1
         needs.stream(priority[count])
@@ -103,6 +116,8 @@ def make_plan(
         always_bytes=always_bytes,
         activation_bytes=activation_bytes,
         chains=tuple(chains),
+        kept_coded=frozenset(codable[decoded:]).intersection(priority[:count]),
+        code_share=code_share,
     )
 
 
@@ -114,6 +129,7 @@ class _Needs:
         layers: tuple[LayerSpec, ...],
         chains: Sequence[tuple[int, ...]],
         resident: frozenset[int],
+        codable: Sequence[int],
     ) -> None:
         alone = set(range(len(layers))).difference(*chains)
         self.chains = [tuple(dict.fromkeys(chain)) for chain in chains]
@@ -125,11 +141,20 @@ class _Needs:
         self._block_of = [block_of(layer.name) for layer in layers]
         self._in_block: dict[tuple[str, int], int] = {}
         self._largest_block = 0
+        self._largest = 0
         # Even where nothing streams, layers that are cast on their way to becoming
-        # resident pass through.
+        # resident pass through: those that are never kept coded, and then the first of
+        # the others.
         stay = [layer for layer in layers if layer.can_stay]
-        self.ring_least = max((s.transit_bytes for s in stay if not s.held), default=0)
         self.stack = max((s.transit_bytes for s in stay if s.held), default=0)
+        self._codable = codable
+        self._kept_coded: set[int] = set()
+        others = [layers[i] for i in set(range(len(layers))).difference(codable)]
+        passing = [s.transit_bytes for s in others if s.can_stay and not s.held]
+        self._transits = [max(passing, default=0)]
+        for index in codable:
+            self._transits.append(max(self._transits[-1], layers[index].transit_bytes))
+        self._transit = self._transits[-1]
         self._held_in = [0] * len(self.chains)
         self._casts_in = [0] * len(self.chains)
         self._chains_of: list[list[int]] = [[] for _ in layers]
@@ -143,37 +168,59 @@ class _Needs:
                 self.stream(index)
         self.settle()
 
+    @property
+    def ring_least(self) -> int:
+        """Bytes of the smallest ring through which everything passes."""
+        return max(self._transit, self._largest)
+
     def ring_wanted(self, room: int | None) -> int:
         """Bytes of a ring that lets copies go on, in so much room for everything."""
         block = self._largest_block
         if room is not None:
             block = min(block, room // WINDOW_ROOM_SHARE)
-        wanted = ring_wanted(self.ring_least, self._ring_total, block)
+        wanted = ring_wanted(self._largest, self._ring_total, block)
         return max(wanted, self.ring_least)
 
     def total(self, ring: int) -> int:
         """Bytes taken with such a ring, without what is there always."""
         return self._resident_bytes + ring + self.stack + self.scratch
 
+    def keep_coded(self, place: int) -> None:
+        """Codes a resident, the last but those that are coded already."""
+        index = self._codable[place]
+        layer = self._layers[index]
+        self._kept_coded.add(index)
+        self._resident_bytes -= layer.resident_bytes - layer.coded_bytes
+        self._transit = self._transits[place]
+        self._cast(index)
+
     def stream(self, index: int) -> None:
         """Takes a layer out of the residents."""
         layer = self._layers[index]
-        self._resident_bytes -= layer.resident_bytes
+        coded = index in self._kept_coded
+        self._resident_bytes -= layer.coded_bytes if coded else layer.resident_bytes
         if not layer.held:
             self._ring_total += layer.stream_bytes
             if (block := self._block_of[index]) is not None:
                 taken = self._in_block.get(block, 0) + layer.stream_bytes
                 self._in_block[block] = taken
                 self._largest_block = max(self._largest_block, taken)
-            self.ring_least = max(self.ring_least, layer.stream_bytes)
+            self._largest = max(self._largest, layer.stream_bytes)
+        if not coded:
+            self._cast(index)
+        if layer.held:
+            for number in self._chains_of[index]:
+                self._held_in[number] += layer.stream_bytes
+                self.stack = max(self.stack, self._held_in[number])
+
+    def _cast(self, index: int) -> None:
+        """Has a layer that stayed decoded take what casts take of those that do not."""
+        layer = self._layers[index]
         for number in self._chains_of[index]:
             self._casts_in[number] += layer.cast_bytes - layer.resident_cast_bytes
             # Where streaming a layer makes casts smaller, the scratch keeps its size
             # for now: too large, because a new maximum would have to be searched.
             self.scratch = max(self.scratch, self._casts_in[number])
-            if layer.held:
-                self._held_in[number] += layer.stream_bytes
-                self.stack = max(self.stack, self._held_in[number])
 
     def settle(self) -> None:
         """Makes the scratch exact for the residents that are left."""

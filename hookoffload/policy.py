@@ -76,10 +76,12 @@ class OffloadPolicy:
         record: Note what happens in each pass, for `report(model)`. Costs little.
         codec: "lossless" codes bf16 weights that wait in host RAM in 12 bits (fp32 in
             28) and decodes them on the compute device, bit for bit: a quarter less to
-            copy. Those of `load_model` take a quarter less RAM as well; a tensor that
-            is in RAM at attach stays there, beside its code. "auto" measures a forward,
-            and does so for as many streamed layers as the link has too little time
-            for; of `load_model`, for all that stream.
+            copy. Where not all layers fit the limit, those that stay on the compute
+            device are coded there, too, so that more of them do. Those of `load_model`
+            take a quarter less RAM as well; a tensor that is in RAM at attach stays
+            there, beside its code. "auto" measures a forward, and does so for as many
+            layers as the link has too little time for; of `load_model`, at first for
+            all that stream.
 
     Raises:
         ValueError: A value is not legal, or two of them contradict each other.

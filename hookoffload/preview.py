@@ -69,6 +69,8 @@ def plan_of_model(model: nn.Module, policy: OffloadPolicy, rates: Rates | None) 
     assembly = assemble_coded(found, resolved, {}, {}, planner, None)
     order = tuple(sorted(assembly.moving))
     planner.set_assembly(assembly, order, _looked_up(assembly, resolved))
+    if rates is not None:
+        planner.weigh_codes(rates)
     return _described(planner.plan, assembly.layers, resolved, rates)
 
 

@@ -17,7 +17,7 @@ def priorities(
     layers: tuple[LayerSpec, ...], order: Sequence[int]
 ) -> tuple[list[int], int]:
     """Lists the layers that may stay, the most wanted first; counts the small ones."""
-    giants = _giants(layers)
+    giants = giants_of(layers)
     visited = set(order)
     groups: list[list[int]] = [[], [], [], [], []]
     for index, layer in enumerate(layers):
@@ -37,7 +37,7 @@ def priorities(
     return [*spread, *_spread(rest, layers, order), *absent], len(small)
 
 
-def _giants(layers: tuple[LayerSpec, ...]) -> frozenset[int]:
+def giants_of(layers: tuple[LayerSpec, ...]) -> frozenset[int]:
     """Finds the few layers that alone make the window large.
 
     A vocabulary's output layer among layers a tenth of its size: streamed, it

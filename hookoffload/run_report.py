@@ -200,11 +200,15 @@ class Report:
         if not stats.decoded_bytes:
             return []
         share = stats.coded_bytes / stats.decoded_bytes
-        ratio = ("coded in", f"{share:.1%}", share)
+        rows: list[tuple[str, str, float | None]] = [
+            ("coded in", f"{share:.1%}", share)
+        ]
+        if resident := stats.coded_resident_bytes:
+            rows.append(("residents coded", format_gib(resident), float(resident)))
         seconds = stats.decode_seconds
-        if seconds is None:
-            return [ratio]
-        return [ratio, ("decoding a pass", format_seconds(seconds), seconds)]
+        if seconds is not None:
+            rows.append(("decoding a pass", format_seconds(seconds), seconds))
+        return rows
 
     def verdict(self) -> str:
         """Return how close the run came to its bound, in one line."""

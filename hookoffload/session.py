@@ -16,7 +16,6 @@ from .adapters import Adapters
 from .always import AlwaysResident
 from .budget import MemoryBudget
 from .calls import CallTracker, TurnTaker, calls_under_way
-from .code_choice import PassMeter
 from .coding import assemble_coded, renew_codes
 from .containers import map_tensors
 from .edits import Edits
@@ -30,6 +29,7 @@ from .inventory import Inventory
 from .layer import Layer
 from .limit_changes import LimitChanges
 from .master import Master
+from .measured_pass import PassMeter
 from .mover import LayerMover
 from .partition import Partition, partition
 from .pass_planner import PassPlanner

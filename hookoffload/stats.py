@@ -33,6 +33,8 @@ class OffloadStats:
         decoded_bytes: Bytes of the same weights when they are decoded.
         decode_seconds: Seconds that a pass takes to decode what it copies, at the rate
             that was measured on this device; None where that was not measured.
+        coded_resident_bytes: Bytes of the residents that are coded on the device, too,
+            and decoded for each forward.
         by_model: Of several models that share limits, the figures of each; the peak
             and its limit are those of all of them, the host limit is each one's share.
     """
@@ -53,6 +55,7 @@ class OffloadStats:
     coded_bytes: int = 0
     decoded_bytes: int = 0
     decode_seconds: float | None = None
+    coded_resident_bytes: int = 0
     by_model: dict[str, OffloadStats] = field(default_factory=dict)
 
     @classmethod
@@ -80,6 +83,7 @@ class OffloadStats:
             bytes_read=sum(stats.bytes_read for stats in each),
             coded_bytes=sum(stats.coded_bytes for stats in each),
             decoded_bytes=sum(stats.decoded_bytes for stats in each),
+            coded_resident_bytes=sum(stats.coded_resident_bytes for stats in each),
             by_model=by_model,
         )
 
@@ -94,6 +98,8 @@ class OffloadStats:
             coded = f", {format_gib(self.decoded_bytes)} coded in {share:.1%}"
             if self.decode_seconds is not None:
                 coded += f" ({self.decode_seconds:.4f} s a pass to decode)"
+            if self.coded_resident_bytes:
+                coded += f", {format_gib(self.coded_resident_bytes)} resident so"
         return (
             f"{self.forwards} forwards, peak {format_gib(self.peak_bytes)} "
             f"(limit {limit}; {kinds or 'nothing of the library'}), "

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 import hookoffload as ho
-from hookoffload import code_choice, coding
-from hookoffload.code_choice import MeasuredPass, PassMeter, spread
+from hookoffload import coding, measured_pass
+from hookoffload.coded_residents import spread
 from hookoffload.layer import Layer
 from hookoffload.master import Master
+from hookoffload.measured_pass import MeasuredPass, PassMeter
 
 from .test_lossless_offload import (
     LAYER_BYTES,
@@ -43,7 +44,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
             master.on_disk = tier
 
     monkeypatch.setattr(Layer, "measure", unreadable)
-    for module in (coding, code_choice):
+    for module in (coding, measured_pass):
         monkeypatch.setattr(module, "has_link", coding.can_code)
     return "cpu"
 
