@@ -92,10 +92,12 @@ class LayerMover:
             self.window.resize(plan)
             for layer in self.layers:
                 if layer.keep and layer.resident is None and layer.pieces:
-                    layer.keeps_code = layer.index in plan.kept_coded
-                    if most is not None and not self._fits(layer, most):
+                    coded = layer.index in plan.kept_coded
+                    nbytes = layer.coded_bytes if coded else layer.resident_bytes
+                    if most is not None and not self._fits(nbytes, most):
                         self.plan = None
                         return False
+                    layer.keeps_code = coded
                     layer.resident = self._residence(layer)
                     layer.copied_revision = -1
         except BaseException:
@@ -106,8 +108,7 @@ class LayerMover:
         self.plan = plan
         return True
 
-    def _fits(self, layer: Layer, most: int) -> bool:
-        nbytes = layer.coded_bytes if layer.keeps_code else layer.resident_bytes
+    def _fits(self, nbytes: int, most: int) -> bool:
         return (self.memory.allocated_bytes() or 0) + nbytes <= most
 
     def _residence(self, layer: Layer) -> list[Block]:
