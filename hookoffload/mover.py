@@ -172,20 +172,25 @@ class LayerMover:
         if not size or self.window.take_scratch(layer, size):
             return
         try:  # more is in use at once than the plan knows of, as in `LayerCopies._room`
-            self._make_room_for(size)
+            self._make_room_for(size, keep=layer)
             self.window.take_own_scratch(layer, size)
         except BaseException:
             self.window.release(layer)
             raise
 
-    def _make_room_for(self, nbytes: int) -> None:
-        """Give up residents that are not in use until so many bytes fit the limit."""
+    def _make_room_for(self, nbytes: int, keep: Layer | None = None) -> None:
+        """Give up residents that are not in use until so many bytes fit the limit.
+
+        Args:
+            nbytes: the bytes.
+            keep: is about to be bound.
+        """
         if self.ask_others is not None:
             self.ask_others(align(nbytes))
         for layer in self.layers:
             if self.memory.budget.fits(align(nbytes)):
                 return
-            if layer.resident is not None and not layer.bound:
+            if layer.resident is not None and not layer.bound and layer is not keep:
                 layer.keep = False
                 self.evict(layer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -21,6 +22,10 @@ from hookoffload import (
     offload_stats,
     offloaded,
 )
+from hookoffload.layer import Layer
+from hookoffload.state_hooks import session_of
+from hookoffload.window import Window
+from tests.samples import linears, same_bits
 from tests.small_models import (
     assert_same,
     chain,
@@ -327,3 +332,31 @@ def test_least_works_on_an_accelerator_without_activations(case: str) -> None:
     assert_untouched(model, before)
     with offloaded(model, limit_gb=least / GIB, compute_device="cuda"):
         assert_same(run(model, x), wanted)
+
+
+def test_room_for_a_cast_is_not_made_of_the_layer_that_is_cast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = linears(width=64, depth=8).to(torch.bfloat16), torch.randn(2, 64)
+    want = run(copy.deepcopy(model).float(), x)
+    layer = 64 * 64 * 2
+    policy = OffloadPolicy(
+        store="disk",
+        disk_dir=tmp_path,
+        compute_dtype=torch.float32,
+        compute_device="cpu",
+        limit_gb=11 * layer / GIB,
+    )
+    with offloaded(model, policy):
+        for _ in range(2):
+            run(model, x)
+        first, *others = session_of(model).layers
+        assert first.resident is not None
+        take = Window.take_scratch
+
+        def refuse(window: Window, asking: Layer, size: int) -> bool:
+            return asking is not first and take(window, asking, size)
+
+        monkeypatch.setattr(Window, "take_scratch", refuse)
+        assert same_bits(run(model, x), want)
+        assert any(other.resident is None for other in others)
