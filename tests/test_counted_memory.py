@@ -5,8 +5,10 @@ Seen without a GPU, on memory that is counted as CUDA's caching allocator does.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hookoffload import (
     offload_plan,
     offload_stats,
 )
+from hookoffload.host_memory import trim_heap
 from tests.samples import GIB, same_bits
 from tests.simulated_allocator import MIB, CachingAllocator, CountedMemory
 
@@ -46,10 +49,12 @@ class Crooked(nn.Module):
 
 
 @pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> CountedMemory:
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountedMemory]:
     counted = CountedMemory()
     counted.stand_in(monkeypatch)
-    return counted
+    yield counted
+    gc.collect()
+    trim_heap()  # other tests measure what this process has
 
 
 def _policy(limit: int) -> OffloadPolicy:
