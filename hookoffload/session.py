@@ -25,6 +25,7 @@ from .gather import GatherSite
 from .group import Group
 from .hook_set import HookSet
 from .hooks import Site
+from .host_memory import trim_heap
 from .inventory import Inventory
 from .layer import Layer
 from .limit_changes import LimitChanges
@@ -519,6 +520,7 @@ class Session(NotCopied):
                     rests = self.policy.rests(on_disk=tier)
                     self.store.offload(self._tier(tier), rests)
                 self._masters_wait = False
+        trim_heap()  # a CPU's window was there, too
         self.hooks.hang_all()
 
     def make_room(self, nbytes: int) -> None:

@@ -197,8 +197,6 @@ class Store:
                     continue
                 location.file.write_from(location, master.flat.to(flat.dtype))
             master.become(flat, location)
-        if placement.on_disk:
-            trim_heap()
 
     def masters_in_files(self) -> list[Master]:
         """Return the masters that lie in files of the user."""
