@@ -175,11 +175,17 @@ class Passes:
     def _take(self, plan: Plan | None) -> None:
         """Make memory what a pass needs that begins now."""
         while plan is not None:
-            complete = self.apply(plan)
-            plan = self._session.planner.applied(complete=complete)
+            planner = self._session.planner
+            complete = self.apply(plan, planner.most_bytes)
+            plan = planner.applied(complete=complete)
 
-    def apply(self, plan: Plan) -> bool:
+    def apply(self, plan: Plan, most: int | None = None) -> bool:
         """Make memory what the plan says, or less where the device has less.
+
+        Args:
+            plan: the plan.
+            most: see `LayerMover.apply`; what stops there must be followed by another
+                plan, which only the begin of a pass has.
 
         Returns:
             Whether all of it is there, see `LayerMover.apply`.
@@ -188,7 +194,7 @@ class Passes:
         while True:
             fitting = plan if group is None else group.fit(session, plan)
             try:
-                return session.mover.apply(fitting, session.planner.most_bytes)
+                return session.mover.apply(fitting, most)
             except torch.OutOfMemoryError:
                 if group is not None and group.give_all(session):
                     continue
