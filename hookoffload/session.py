@@ -514,13 +514,15 @@ class Session(NotCopied):
             self.always.release()
             self.adapters.release()
             self.store.doubt_codes()
+            freed = self._masters_wait or self.policy.compute_device.type == "cpu"
             if self._masters_wait:
                 self.page_lock.unlock(self.store.masters)
                 for tier in _TIERS:
                     rests = self.policy.rests(on_disk=tier)
                     self.store.offload(self._tier(tier), rests)
                 self._masters_wait = False
-        trim_heap()  # a CPU's window was there, too
+        if freed:  # masters, or a CPU's window: host RAM
+            trim_heap()
         self.hooks.hang_all()
 
     def make_room(self, nbytes: int) -> None:
