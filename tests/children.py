@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +36,10 @@ def in_child(action: Callable[[], object]) -> int:
         try:
             action()
             code = 0
+        except BaseException:
+            traceback.print_exc()  # nobody else would
         finally:
+            sys.stderr.flush()
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
