@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .codec import Codec, choose_codec
+from .fp8 import wide_dtype
+from .fp8_choice import multiplies_in_fp8
 from .gather import can_gather
 from .layer import Layer
 from .master import Master
@@ -227,10 +229,12 @@ def make_master(
         from_file = location is not None and on_disk
         storage = None if from_file else policy.waits(on_disk=on_disk).dtype
     kept = policy.preparing.dtype if policy.preparing is not None else None
+    compute = policy.compute_dtype
     codec = choose_codec(
         first,
         storage_dtype=storage,
-        resident_dtype=policy.compute_dtype if always else kept,
-        compute_dtype=policy.compute_dtype,
+        resident_dtype=wide_dtype(first.dtype, compute) if always else kept,
+        compute_dtype=compute,
+        multiplies=not always and multiplies_in_fp8(group, policy),
     )
     return Master(group, codec, location, on_disk=on_disk)

@@ -11,6 +11,7 @@ from torch import nn
 
 from .attached import are_attached, require_whole, sessions_of
 from .checks import check_model, check_owners, check_policy, warn_of_unmatched
+from .fp8_choice import tell_of_wide_linears
 from .group import Group
 from .joining import Handover, loaded_alone
 from .members import Models, Pipeline, are_several, distinct, members_of
@@ -96,6 +97,7 @@ def attach_one(
         check_packed(model, resolved.compute_device)
         session = Session(model, resolved, locations, poison=policy.debug)
         warn_of_unmatched([session])
+        tell_of_wide_linears([session])
         session.begin()
     return model
 
@@ -130,6 +132,7 @@ def _attach_several(
                     model, shared, places, poison=policy.debug, group=group
                 )
         warn_of_unmatched(group.sessions)
+        tell_of_wide_linears(group.sessions)
         for name, session in group.members.items():
             with _named(name):
                 session.begin()

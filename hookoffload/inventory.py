@@ -104,7 +104,7 @@ class Inventory:
     def compute_dtypes(self) -> dict[int, torch.dtype]:
         """Return what the tensors are inside forwards, by the ids of the objects."""
         return {
-            key: member.dtype if master.mixed else master.codec.compute
+            key: member.dtype if master.mixed else master.codec.value_dtype
             for key, (master, member) in self._managed.items()
         }
 

@@ -10,7 +10,8 @@ import torch
 from .alignment import SMALL_TENSOR_BYTES, align
 from .copies import Copy
 from .device_memory import Block
-from .layer_parts import Piece, RegionViews, resident_dtype, values_in
+from .layer_fp8 import put_scales_on, scratch_size, work_sizes
+from .layer_parts import Piece, RegionViews, resident_size, values_in
 from .layer_values import rest_source, value_of
 from .master import Master, Member, version_of
 from .ring import Region, RegionRing, RegionStack
@@ -65,6 +66,7 @@ class Layer:
         "resident",
         "resident_bytes",
         "resident_cast_bytes",
+        "scales",
         "scratch",
         "scratch_block",
         "stands_in",
@@ -92,6 +94,7 @@ class Layer:
         self.away = False  # members may point elsewhere than at their masters
         self.held = False  # other layers can run while it is bound
         self.keep = False  # the plan wants it resident
+        self.scales = False  # some of it multiplies in 8 bits
         self.resident: list[Block] | None = None
         self.keeps_code = False  # the residence holds what was copied, coded
         self.stays_bound = False  # resident without a cast: bound between passes too
@@ -127,7 +130,8 @@ class Layer:
         """
         self.pieces = []
         self._device = device
-        scratch = resident_scratch = 0
+        self.scales = any(master.codec.scaled for master in self.masters)
+        scratch, resident_scratch = work_sizes(self.masters)
         self.copy_bytes = self.resident_bytes = self.disk_bytes = 0
         self.can_stay = may_stay
         for master in self.masters:
@@ -141,16 +145,15 @@ class Layer:
             self.disk_bytes += master.nbytes if master.on_disk else 0
             if not readable:
                 piece.region_offset = 0  # until all are known
-            elif codec.resident_as_copied:
+            elif codec.resident == codec.rest and not codec.coded:
                 self.can_stay = False  # a second copy beside the master gains nothing
             if codec.casts_streamed:
                 piece.scratch_offset = scratch
-                scratch += align(master.count * codec.compute.itemsize)
+                scratch += scratch_size(master, codec.rest)
             if codec.casts_resident:
                 piece.resident_scratch_offset = resident_scratch
-                resident_scratch += align(master.count * codec.compute.itemsize)
-            resident = resident_dtype(master)
-            self.resident_bytes += align(master.count * resident.itemsize)
+                resident_scratch += scratch_size(master, codec.resident)
+            self.resident_bytes += resident_size(master)
         self._members = [m for piece in self.pieces for m in piece.master.members]
         self.stream_bytes = self._place_pieces()
         self.cast_bytes = scratch
@@ -179,16 +182,23 @@ class Layer:
 
     def residence_bytes(self, piece: Piece) -> int:
         """Return what a piece takes in the residence that the plan wants."""
-        master = piece.master
-        if self.keeps_code:
-            return master.nbytes
-        return master.count * resident_dtype(master).itemsize
+        return piece.master.nbytes if self.keeps_code else resident_size(piece.master)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether it is resident, and the residence holds no code."""
+        return self.resident is not None and not self.keeps_code
 
     @property
     def scratch_bytes(self) -> int:
         """Bytes of scratch that it is cast or decoded into when it is bound now."""
-        decoded = self.resident is not None and not self.keeps_code
-        return self.resident_cast_bytes if decoded else self.cast_bytes
+        return self.resident_cast_bytes if self.has_values else self.cast_bytes
+
+    def scratch_offset(self, piece: Piece) -> int | None:
+        """Return where a piece's value is made in the scratch when it is bound now."""
+        if self.has_values:
+            return piece.resident_scratch_offset
+        return piece.scratch_offset
 
     @property
     def is_usable(self) -> bool:
@@ -251,6 +261,8 @@ class Layer:
             member.set_data(value)
             member.bound_pointer = pointer
             member.version = version_of(member.tensor)
+        if self.scales:
+            put_scales_on(self)
 
     def views_in(self, block: Block) -> RegionViews:
         """Return views of the layer's region, made anew only where it was not before.
@@ -334,6 +346,7 @@ class Layer:
         """
         return not self.keeps_code and all(
             piece.resident_scratch_offset is None
+            and not piece.master.codec.scaled
             and piece.master.codec.resident == piece.master.codec.rest
             and all(member.stays for member in piece.master.members)
             for piece in self.pieces

@@ -102,9 +102,15 @@ class LayerCopies:
         if layer.copy is not None:
             self._finish(layer)
         if layer.resident is not None and not layer.copies_into_residence:
-            fill_residence(layer, layer.resident, self.window.block_of(layer))
-            layer.copied_revision = revision
-            self.window.release(layer)
+            layer.copied_revision = -1  # until `fill`
+
+    def fill(self, layer: Layer) -> None:
+        """Cast or decode what was brought for a resident, which has its scratch now."""
+        if layer.resident is None or layer.is_filled:
+            return
+        fill_residence(layer, layer.resident, self.window.block_of(layer))
+        layer.copied_revision = layer.known_revision()  # `bring` has looked
+        self.window.release(layer)
 
     def _finish(self, layer: Layer) -> None:
         copy = layer.copy

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .alignment import align
+from .layer_fp8 import kept_scale_bytes
 from .master import Master, Member
 from .moves import Move, joined_moves
 
@@ -92,6 +94,12 @@ def values_in(
             typed, begin = base, start
         value = member.view(typed, begin)
         yield member, value, value.data_ptr()
+
+
+def resident_size(master: Master) -> int:
+    """Return what a resident takes of this master."""
+    values = align(master.count * resident_dtype(master).itemsize)
+    return values + kept_scale_bytes(master)
 
 
 def resident_dtype(master: Master) -> torch.dtype:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .device_memory import Block
+from .layer_fp8 import kept_scale_bytes, make_scaled, scaled_value
 from .layer_parts import Piece, resident_dtype
 from .master import Master
 
@@ -25,13 +26,17 @@ def value_of(
     piece = layer.pieces[index]
     master = piece.master
     block = None if layer.resident is None else layer.resident[index]
-    in_scratch = piece.scratch_offset
-    if block is not None and not layer.keeps_code:
-        in_scratch = piece.resident_scratch_offset
+    in_scratch = layer.scratch_offset(piece)
     if in_scratch is None:
         if block is not None:
             return block.typed(resident_dtype(master)), 0
         return rest_source(layer, piece, region_block)
+    if master.codec.scaled:
+        if block is not None:
+            source, start = block.typed(resident_dtype(master)), 0
+        else:
+            source, start = rest_source(layer, piece, region_block)
+        return scaled_value(layer, index, source, start, in_scratch)
     assert layer.scratch_block is not None and layer.scratch is not None
     dtype = master.codec.compute
     target = layer.scratch_block.typed(dtype)
@@ -50,9 +55,15 @@ def fill_residence(
     layer: Layer, blocks: list[Block], region_block: Block | None
 ) -> None:
     """Cast or decode a layer's streamed bytes into its resident blocks."""
-    for piece, block in zip(layer.pieces, blocks, strict=True):
-        target = block.typed(resident_dtype(piece.master))
-        _expand(layer, piece, region_block, target[: piece.master.count])
+    for index, (piece, block) in enumerate(zip(layer.pieces, blocks, strict=True)):
+        master = piece.master
+        target = block.typed(resident_dtype(master))[: master.count]
+        if kept_scale_bytes(master):
+            source, start = rest_source(layer, piece, region_block)
+            source = source[start : start + master.count]
+            make_scaled(layer, index, source, target)
+        else:
+            _expand(layer, piece, region_block, target)
 
 
 def rest_source(

@@ -26,6 +26,7 @@ from typing import NoReturn
 import torch
 
 from .codec import Codec, is_movable
+from .fp8 import take_off
 from .lossless import encode_from
 from .lossless_encoder import ChunkEncoder, Reader
 from .lossless_host import HostEncoder
@@ -86,6 +87,7 @@ class Member:
 
     def set_data(self, value: torch.Tensor) -> None:
         """Have the tensor be at ``value``, and what wraps it say so."""
+        take_off(self.tensor)
         self.tensor.data = value
         for wrapper in self.wrappers:
             wrapper.follow(value.device)
@@ -297,7 +299,7 @@ class Master:
         dtype = member.tensor.dtype
         codec = Codec(dtype, dtype, dtype)
         if not self.mixed:
-            codec = replace(self.codec, coded=False)
+            codec = self.codec.unscaled()
         group = TensorGroup([managed], low, high)
         alone = Master(group, codec, on_disk=self.on_disk)
         alone.members[0].device = member.device
@@ -317,6 +319,8 @@ class Master:
         Returns:
             Whether it was: its version moved, or it was given other data.
         """
+        if self.codec.scaled:
+            return False  # it refuses writes, see [Note: fp8 compute]
         tensor = member.tensor
         pointer = tensor.data_ptr()
         if pointer == member.rest_pointer:

@@ -141,6 +141,7 @@ class LayerMover:
             layer.away = True  # first: an interrupt leaves some members bound
             self.copies.bring(layer, aside=aside)
             self._take_scratch(layer)
+            self.copies.fill(layer)
             if torch.is_inference_mode_enabled():
                 # Views made inside it would take their versions from the tensors.
                 with torch.inference_mode(False):

@@ -94,6 +94,7 @@ def partition(
     """
     names = {id(module): name for name, module in model.named_modules()}
     tensors, groups = group_tensors(model)
+    _note_other_readers(model, tensors)
     group_of = {id(m.tensor): g for g in groups for m in g.members}
     groups_of: dict[int, list[TensorGroup]] = defaultdict(list)
     by_name: dict[str, ManagedTensor] = {}
@@ -155,6 +156,18 @@ def partition(
     layers = _renumbered(layers, sites)
     chains, held = _nesting(sites)
     return Partition(layers, sites, always, chains, held)
+
+
+def _note_other_readers(model: nn.Module, tensors: list[ManagedTensor]) -> None:
+    """Note which weights of Linear layers are read by fused kernels around them."""
+    read = {
+        id(parameter)
+        for module in model.modules()
+        if default_kind(module) == "atomic"
+        for parameter in module.parameters()
+    }
+    for managed in tensors:
+        managed.multiplies &= id(managed.tensor) not in read
 
 
 def _join(

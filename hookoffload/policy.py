@@ -47,7 +47,10 @@ class OffloadPolicy:
         compute_device: Where layers compute. Default: the accelerator, if there is
             one, else the CPU. Same as `computation.device`.
         compute_dtype: In which floating dtype. Default: each tensor's own. Same as
-            `computation.dtype`.
+            `computation.dtype`. One of 8 bits, such as `torch.float8_e4m3fn`, is for
+            Linear layers: they multiply in it, with a scale for each row, and return
+            what their input is. Everything else computes in its own dtype, and so do
+            Linear layers that cannot (a log line says which and why).
         storage_dtype: The floating dtype at rest and while waiting, in memory or on
             disk. Default: each tensor's own. Same as the dtype of `offload` and
             `onload`.
@@ -62,7 +65,8 @@ class OffloadPolicy:
             away than `offload`. A dtype not given is that of `offload`.
         preparing: Where a resident lies between passes: the compute device, which is
             the default, or "disk" for no residents. A dtype not given is, for each
-            tensor, the smaller of the storage and the computation dtype.
+            tensor, the smaller of the storage and the computation dtype. One of 8
+            bits beside such a computation dtype is for Linear layers, too.
         computation: Where and as what a layer computes.
         pin_limit_gb: The most host memory to page-lock, in GiB: what is locked is
             copied at the speed of the link. Default: what this machine can. 0: none.

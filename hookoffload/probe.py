@@ -29,24 +29,14 @@ from .calls import count_calls
 from .compiling import run_uncompiled
 from .layer import Layer
 from .refusals import NotCopied
+from .torch_calls import METADATA, VIEWS, name_of, property_of
 
 if TYPE_CHECKING:
     from .hooks import Site
     from .session import Session
 
-# Reading these needs no bytes on the compute device.
-_METADATA = frozenset(
-    {
-        *("size", "dim", "ndimension", "numel", "nelement", "stride", "__len__"),
-        *("storage_offset", "element_size", "is_contiguous", "is_floating_point"),
-        *("is_complex", "is_pinned", "is_shared", "is_set_to", "is_same_size"),
-        *("get_device", "data_ptr", "untyped_storage", "_typed_storage", "__hash__"),
-        *("requires_grad_", "register_hook", "retain_grad", "is_inference"),
-    }
-)
 # In what PyTorch says when tensors do not go together.
 _MISMATCHES = ("same device", "same dtype", "dtype", "scalar type", "devices")
-_VIEWS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _STEPS_ASIDE = (
     nn.MultiheadAttention,
     nn.TransformerEncoderLayer,
@@ -278,14 +268,13 @@ class Probe(TorchFunctionMode):
 
     @staticmethod
     def _needs_bytes(func: Callable[..., Any], layer: Layer) -> bool:
-        name = getattr(func, "__name__", "")
-        if name == "__get__":  # a property: its name is on the getter's owner
-            owner = getattr(func, "__self__", None)
-            attribute = getattr(owner, "__name__", "")
+        name = name_of(func)
+        if name == "__get__":
+            attribute = property_of(func)
             if attribute == "dtype":
                 return any(p.master.codec.changes_dtype for p in layer.pieces)
-            return attribute in _VIEWS
-        return name not in _METADATA and name != "__set__"
+            return attribute in VIEWS
+        return name not in METADATA and name != "__set__"
 
     def _push(self) -> None:
         TorchFunctionMode.__enter__(self)

@@ -40,6 +40,7 @@ class ManagedTensor:
         path: where a part is found in its wrapper, which makes its name whole.
         castable: whether it may change its dtype.
         stays: False if its module's forward gives it other data.
+        multiplies: whether it is the weight of Linear layers and nothing else.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ManagedTensor:
     path: str = ""
     castable: bool = False
     stays: bool = True
+    multiplies: bool = False
 
 
 @dataclass(eq=False)
@@ -96,6 +98,7 @@ def group_tensors(
             new.wrappers = parts.wrappers
             new.castable = tensor is registered and is_castable(tensor)
             new.stays = not gives_other_data(module)
+            new.multiplies = key == "weight" and isinstance(module, nn.Linear)
             _add(found, new)
     tensors = list(found.values())
     return tensors, _overlapping(tensors)
@@ -126,6 +129,7 @@ def _add(found: dict[int, ManagedTensor], new: ManagedTensor) -> None:
     known.aliases.append(new.name)
     known.persistent |= new.persistent
     known.is_buffer &= new.is_buffer
+    known.multiplies &= new.multiplies
     if known.holders[0] is not new.holders[0]:
         known.holders += new.holders
         known.wrappers += new.wrappers
