@@ -297,12 +297,21 @@ def test_subclass_of_linear_with_a_forward_of_its_own_computes_in_8_bits() -> No
         assert_same(run(model, x), want)
 
 
+class Reader(nn.Module):
+    """Reads the weight of a Linear that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.inner.weight.dtype) @ self.inner.weight.T
+
+
 @multiplies
 @pytest.mark.parametrize("how", ["whole", "in place", "child"])
 def test_compiled_models_compute_the_same(how: str) -> None:
-    model = nn.Sequential(
-        nn.Sequential(nn.Linear(32, 32), nn.GELU()), nn.Linear(32, 32)
-    )
+    model = nn.Sequential(Reader(), nn.GELU(), nn.Linear(32, 32))
     x = torch.randn(2, 32)
     with offloaded(model, **EIGHT, store="disk", limit_gb=0):
         want = run(model, x)
@@ -430,6 +439,18 @@ def test_between_forwards_and_behind_detach_nothing_is_left(
 
 
 @multiplies
+def test_resident_that_rests_in_8_bits_is_a_plain_parameter_between_forwards() -> None:
+    # A bias would be cast, and its layer not stay bound anyway.
+    model = nn.Sequential(nn.Linear(64, 48, bias=False))
+    with offloaded(model, **EIGHT, store="disk", storage_dtype=FP8):
+        for _ in range(3):
+            run(model, torch.randn(1, 64))
+            assert type(model[0].weight) is nn.Parameter
+            assert model[0].weight.dtype == FP8
+    assert type(model[0].weight) is nn.Parameter
+
+
+@multiplies
 def test_state_dict_inside_a_forward_has_the_weights_at_rest() -> None:
     model = linear()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -536,17 +557,19 @@ def test_plan_of_a_model_is_that_of_the_attached_one() -> None:
 
 @multiplies
 def test_loras_are_added_to_8_bit_layers() -> None:
-    model = linear()
+    model = nn.Sequential(nn.Linear(64, 48, bias=False))
     x = torch.randn(3, 64)
-    down, up = torch.randn(4, 64), torch.randn(48, 4)
+    # Computed in the dtype of the layer, not in that of the file.
+    down, up = torch.randn(4, 64).bfloat16(), torch.randn(48, 4).bfloat16()
     lora = {"0.lora_A.weight": down, "0.lora_B.weight": up}
-    base = run(lambda: by_hand(model[0], x))
+    base = product(x, quantised(model[0].weight.detach()), None)
+    delta = 0.3 * (x @ down.float().t() @ up.float().t())
     with offloaded(model, **EIGHT, store="disk", limit_gb=0):
-        add_lora(model, lora, scale=0.5)
+        add_lora(model, lora, scale=0.3)
         for _ in range(2):
             torch.testing.assert_close(
                 run(model, x),
-                base + 0.5 * (x @ down.t() @ up.t()),
+                base + delta,
                 rtol=1e-5,
                 atol=1e-4,
             )
@@ -600,9 +623,10 @@ def test_weights_that_others_read_as_well_compute_in_their_own_dtype() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            # In front: the first name of a shared weight is the Linear's.
+            self.head = nn.Linear(32, 32, bias=False)
             self.embed = nn.Embedding(32, 32)
             self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
-            self.head = nn.Linear(32, 32, bias=False)
             self.head.weight = self.embed.weight
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
