@@ -207,11 +207,3 @@ def lies_in_a_file(tensor: torch.Tensor) -> bool:
         if low <= address < high:
             return len(rest) == 5 and ".safetensors" in rest[4]
     return False
-
-
-def private_bytes() -> int:
-    """Return how much memory of its own this process has, file maps excluded."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("the system does not say what memory the process has")

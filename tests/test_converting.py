@@ -23,6 +23,7 @@ from torch import nn
 
 from hookoffload import CheckpointError, OffloadPolicy, detach, load_model
 from hookoffload.converter_identity import identity_of
+from tests.process_memory import anonymous_bytes, settled_bytes
 from tests.safetensors_samples import descriptors_kept
 from tests.small_models import assert_same, chain, on_disk, run
 
@@ -267,13 +268,6 @@ def test_conversion_takes_the_memory_of_its_largest_group(
     assert len(list(_entries(cache)[0].glob("*.safetensors"))) == 5
 
 
-def _anonymous_bytes() -> int:
-    if not os.path.exists("/proc/self/status"):
-        pytest.skip("the system does not tell how much memory is anonymous")
-    text = Path("/proc/self/status").read_text()
-    return int(text.partition("RssAnon:")[2].split()[0]) * 1024
-
-
 def test_what_is_computed_in_place_does_not_stay_in_memory(
     tmp_path: Path, cache: Path
 ) -> None:
@@ -285,7 +279,7 @@ def test_what_is_computed_in_place_does_not_stay_in_memory(
         state["a"].neg_()
         return state
 
-    start = _anonymous_bytes()
+    start = settled_bytes()
     model = load_model(
         Table,
         path,
@@ -294,7 +288,7 @@ def test_what_is_computed_in_place_does_not_stay_in_memory(
         state_dict_converter=convert,
         cache_dir=cache,
     )
-    assert _anonymous_bytes() - start < 12 * MIB
+    assert anonymous_bytes() - start < 12 * MIB
     assert model.a.detach()[-1] == -1
     detach(model)
 

@@ -5,7 +5,6 @@ Seen without a GPU, on memory that is counted as CUDA's caching allocator does.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import random
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from hookoffload import (
     offload_plan,
     offload_stats,
 )
-from hookoffload.host_memory import trim_heap
 from tests.samples import GIB, same_bits
 from tests.simulated_allocator import MIB, CachingAllocator, CountedMemory
 
@@ -53,8 +51,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountedMemory]:
     counted = CountedMemory()
     counted.stand_in(monkeypatch)
     yield counted
-    gc.collect()
-    trim_heap()  # other tests measure what this process has
 
 
 def _policy(limit: int) -> OffloadPolicy:

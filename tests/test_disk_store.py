@@ -31,7 +31,7 @@ from hookoffload import (
     offloaded,
     onload,
 )
-from hookoffload.host_memory import trim_heap
+from tests.process_memory import anonymous_bytes, settled_bytes
 from tests.small_models import (
     TinyModel,
     assert_same,
@@ -269,18 +269,10 @@ def test_memory_of_the_originals_is_freed(tmp_path: Path) -> None:
     detach(model)
 
 
-def _anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    pytest.skip("the system does not tell how much of its memory is anonymous")
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_process_gives_a_large_models_memory_back(tmp_path: Path) -> None:
     width = 3200  # 39 MiB a layer: each is a mapping of its own, returned when freed
-    trim_heap()  # what earlier tests have left would be taken first
-    start = _anonymous_bytes()
+    start = settled_bytes()
     model = nn.Sequential(*[nn.Linear(width, width, device="meta") for _ in range(5)])
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -288,18 +280,18 @@ def test_process_gives_a_large_models_memory_back(tmp_path: Path) -> None:
             parameter.fill_(number / 1000)
     size = nbytes(model)
     assert size > 190 * MIB
-    assert _anonymous_bytes() - start > 0.9 * size
+    assert anonymous_bytes() - start > 0.9 * size
     x = torch.ones(1, width)
     wanted = run(model, x)
     attach_offload_hooks(model, on_disk(tmp_path))
     # The window of limit_gb=0 holds one layer of five, and is taken in the forward.
-    assert _anonymous_bytes() - start < 0.1 * size
+    assert anonymous_bytes() - start < 0.1 * size
     assert_same(run(model, x), wanted)
-    assert _anonymous_bytes() - start < 0.4 * size
+    assert anonymous_bytes() - start < 0.4 * size
     offload(model)
-    assert _anonymous_bytes() - start < 0.1 * size
+    assert anonymous_bytes() - start < 0.1 * size
     detach(model)
-    assert _anonymous_bytes() - start > 0.9 * size
+    assert anonymous_bytes() - start > 0.9 * size
     assert_same(run(model, x), wanted)
 
 

@@ -19,6 +19,7 @@ from hookoffload import (
     offload_stats,
     offloaded,
 )
+from tests.process_memory import anonymous_bytes, settled_bytes
 from tests.real_models import REAL_MODELS
 from tests.samples import (
     STREAMING,
@@ -26,7 +27,6 @@ from tests.samples import (
     Stack,
     first_output,
     linears,
-    private_bytes,
     run,
     same_bits,
     weight_bytes,
@@ -273,9 +273,9 @@ def test_autocast_keeps_no_copy_of_a_weight_beyond_its_forward() -> None:
         run(model, x)
         with torch.autocast("cpu", torch.bfloat16):
             run(model[0], x)
-            before = private_bytes()
+            before = settled_bytes()
             run(model, x)
-            kept = private_bytes() - before
+            kept = anonymous_bytes() - before
         # As bfloat16 they would take half of their bytes.
         assert kept < weight_bytes(model) / 8
         assert offload_stats(model).forwards == 2

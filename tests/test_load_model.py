@@ -26,7 +26,7 @@ from hookoffload import (
     offload_plan,
     onload,
 )
-from hookoffload.host_memory import trim_heap
+from tests.process_memory import anonymous_bytes, settled_bytes
 from tests.small_models import (
     TinyModel,
     assert_same,
@@ -648,16 +648,6 @@ def _resident_bytes(path: Path) -> int:
     return total
 
 
-def _anonymous_bytes() -> int:
-    if not os.path.exists("/proc/self/status"):
-        pytest.skip("the system does not tell how much memory is anonymous")
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    if found is None:
-        pytest.skip("the system does not tell how much memory is anonymous")
-    return int(found[1]) * 1024
-
-
 WIDTH = 3000  # 34 MiB a layer: each is a mapping of its own, returned when freed
 
 
@@ -691,8 +681,7 @@ def test_nothing_is_read_while_loading(
         return reads[-1]
 
     monkeypatch.setattr(os, "preadv", note)
-    trim_heap()  # what earlier tests have left would be taken first
-    start = _anonymous_bytes()
+    start = settled_bytes()
     model = load_model(
         _large,
         large_file,
@@ -702,12 +691,12 @@ def test_nothing_is_read_while_loading(
     size = large_file.stat().st_size
     assert sum(reads) == 0
     assert _resident_bytes(large_file) < MIB
-    assert _anonymous_bytes() - start < size / 8
+    assert anonymous_bytes() - start < size / 8
     output = run(model, torch.ones(1, WIDTH))
     assert sum(reads) >= size - MIB
     # One layer of four at a time, and only through the window.
     assert _resident_bytes(large_file) < MIB
-    assert _anonymous_bytes() - start < size / 2
+    assert anonymous_bytes() - start < size / 2
     assert output.shape == (1, WIDTH)
     detach(model)
     assert _resident_bytes(large_file) < MIB, "detach reads nothing either"
@@ -736,21 +725,20 @@ def test_model_on_disk_takes_ram_only_while_it_is_onloaded(
     large_file: Path, policy: OffloadPolicy
 ) -> None:
     size = large_file.stat().st_size
-    trim_heap()  # what earlier tests have left would be taken first
-    start = _anonymous_bytes()
+    start = settled_bytes()
     model = load_model(_large, large_file, policy)
-    assert _anonymous_bytes() - start < size / 8
+    assert anonymous_bytes() - start < size / 8
     x = torch.ones(1, WIDTH)
     wanted = run(model, x)
     for switch in (onload, lambda model: run(model, x)):
-        assert _anonymous_bytes() - start > 0.9 * size
+        assert anonymous_bytes() - start > 0.9 * size
         offload(model)
-        assert _anonymous_bytes() - start < size / 8
+        assert anonymous_bytes() - start < size / 8
         switch(model)
     assert_same(run(model, x), wanted)
     offload(model)
     detach(model)
-    assert _anonymous_bytes() - start < size / 8, "it stays a map of its file"
+    assert anonymous_bytes() - start < size / 8, "it stays a map of its file"
     assert_same(run(model, x), wanted)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hookoffload as ho
-from hookoffload.host_memory import trim_heap
 from hookoffload.layer import Layer
 
 from .children import in_child
+from .process_memory import anonymous_bytes, settled_bytes
 
 WIDTH = 512
 LAYER_BYTES = 2 * WIDTH * WIDTH
@@ -290,15 +288,6 @@ def in_a_file(tensor: torch.Tensor, path: Path) -> bool:
     return False
 
 
-def anonymous_bytes() -> int:
-    """What this process holds that is not a map of a file."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("the system does not tell how much memory is anonymous")
-    gc.collect()
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
-
-
 def test_host_ram_holds_three_quarters_of_a_loaded_model(tmp_path: Path) -> None:
     # In a child: what it leaves behind would be in the way of other tests' measuring.
     assert in_child(lambda: load_and_measure(tmp_path / "model.safetensors")) == 0
@@ -317,8 +306,7 @@ def load_and_measure(file: Path) -> None:
         {},
         {"offload": ho.Placement(device="disk"), "onload": ho.Placement(device="cpu")},
     ):
-        trim_heap()  # what earlier tests have left would be given back in between
-        start = anonymous_bytes()
+        start = settled_bytes()
         model = ho.load_model(large, file, policy("cpu", **placements), progress=False)
         run(model, x)
         codes = ho.offload_stats(model).coded_bytes
@@ -330,8 +318,7 @@ def load_and_measure(file: Path) -> None:
         assert left - 2**25 < anonymous_bytes() - start < left + 2**25
         run(model, x)
         ho.detach(model)
-        trim_heap()  # codes that lay in a gap of it are free, but this process's
-        assert anonymous_bytes() - start < 2**25
+        assert settled_bytes() - start < 2**25
 
 
 def test_attach_and_forward_in_inference_mode_leave_codes_that_can_change(

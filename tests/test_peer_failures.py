@@ -24,6 +24,7 @@ from hookoffload import (
     offloaded,
     onload,
 )
+from tests.process_memory import anonymous_bytes, settled_bytes
 from tests.real_models import REAL_MODELS
 from tests.samples import (
     GIB,
@@ -33,7 +34,6 @@ from tests.samples import (
     first_output,
     lies_in_a_file,
     linears,
-    private_bytes,
     run,
     same_bits,
     seen_inside,
@@ -235,7 +235,7 @@ class _Sampler:
     """Notes the most memory that the process has while something runs."""
 
     def __enter__(self) -> _Sampler:
-        self.before = self.most = private_bytes()
+        self.before = self.most = settled_bytes()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
@@ -244,11 +244,11 @@ class _Sampler:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.after = private_bytes()
+        self.after = anonymous_bytes()
 
     def _sample(self) -> None:
         while not self._stop.wait(timeout=0.001):
-            self.most = max(self.most, private_bytes())
+            self.most = max(self.most, anonymous_bytes())
 
 
 @ON_LINUX
@@ -288,16 +288,17 @@ assert heap.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: everything lies in the heap
 from hookoffload import OffloadPolicy, attach_offload_hooks
 from hookoffload.pinning import _has_own_pages, _move_out_of_heap, _starts_of_maps
 from hookoffload.state_hooks import session_of
-from tests.samples import linears, private_bytes, weight_bytes
+from tests.process_memory import anonymous_bytes
+from tests.samples import linears, weight_bytes
 model = linears(width=1536, depth=96)
 attach_offload_hooks(model, OffloadPolicy(compute_device="cpu"))
 masters = session_of(model).store.masters
 maps = _starts_of_maps()
 assert not any(_has_own_pages(master.flat, maps) for master in masters)
-before = private_bytes()
+before = anonymous_bytes()
 _move_out_of_heap(masters)
 assert all(master.flat.data_ptr() % mmap.PAGESIZE == 0 for master in masters)
-print((private_bytes() - before) / weight_bytes(model))
+print((anonymous_bytes() - before) / weight_bytes(model))
 """
     output = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

@@ -19,6 +19,7 @@ from hookoffload import (
     offload_stats,
     offloaded,
 )
+from tests.process_memory import anonymous_bytes, settled_bytes
 from tests.real_models import REAL_MODELS
 from tests.samples import (
     GIB,
@@ -27,7 +28,6 @@ from tests.samples import (
     least_limit_gb,
     lies_in_a_file,
     linears,
-    private_bytes,
     run,
     same_bits,
     seen_inside,
@@ -170,13 +170,15 @@ def test_weights_of_twenty_times_the_limit_never_lie_in_memory(tmp_path: Path) -
     )
     limit = weight_bytes(nn.Linear(width, width, bias=False)) * depth // 20
     limit_gb = limit / GIB
-    before = private_bytes()
+    before = settled_bytes()
     model = load_model(
         lambda: linears(width, depth),
         file,
         OffloadPolicy(store="disk", limit_gb=limit_gb),
     )
-    taken = [seen_inside(layer, lambda _: private_bytes() - before) for layer in model]
+    taken = [
+        seen_inside(layer, lambda _: anonymous_bytes() - before) for layer in model
+    ]
     for _ in range(2):
         run(model, torch.randn(1, width))
     total = weight_bytes(model)
