@@ -350,6 +350,41 @@ def test_residents_that_are_coded_spare_copies(
     assert "resident so" in str(stats)
 
 
+class Gated(nn.Linear):
+    """Multiplies in 8 bits, and has weights that do not."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.gate = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(super().forward(x) * (x @ self.gate))
+
+
+@pytest.mark.parametrize("kept_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("layers", [12, 16, 40])
+def test_layers_that_multiply_in_8_bits_beside_coded_weights_compute_as_without_codes(
+    device: str, x: torch.Tensor, layers: int, kept_dtype: torch.dtype | None
+) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(*(Gated() for _ in range(LAYERS))).to(torch.bfloat16)
+    fields: dict[str, Any] = {"debug": True, "compute_dtype": torch.float8_e4m3fn}
+    if kept_dtype is not None:
+        fields["preparing"] = ho.Placement(dtype=kept_dtype)
+    found = {}
+    for codec in (None, "lossless"):
+        chosen = policy(device, layers * LAYER_BYTES, codec=codec, **fields)
+        with ho.offloaded(model, chosen):
+            outputs = [run(model, x) for _ in range(3)]
+            found[codec] = outputs[0]
+            for output in outputs[1:]:
+                assert_same_bits(output, outputs[0])
+            if codec:
+                plan = ho.offload_plan(model)
+                assert bool(plan.kept_coded) == (kept_dtype is not None and layers < 40)
+    assert_same_bits(found["lossless"], found[None])
+
+
 def test_members_of_coded_residents_rest_at_their_masters(
     device: str, model: Model, x: torch.Tensor, limit: int
 ) -> None:
