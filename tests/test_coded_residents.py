@@ -355,7 +355,10 @@ class Gated(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(WIDTH, WIDTH)
+        weight = self.weight
+        del self.weight  # behind the gate, so that decoding that moves its scales
         self.gate = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+        self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(super().forward(x) * (x @ self.gate))
