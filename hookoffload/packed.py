@@ -227,20 +227,49 @@ def check_4_bit_linear(
         )
 
 
-def why_repacked(tensor: torch.Tensor, device: torch.device) -> str | None:
-    """Return why a wrapper's bytes mean something else on a device; None if not.
+class Repacked(NamedTuple):
+    """What the class of a wrapper makes of it on another kind of device.
 
-    Its class moves a copy of it, to show whether it only copies the bytes.
+    Attributes:
+        how: in words that follow the class's name.
+        optional: whether the wrapper computes there as it is, too.
+    """
+
+    how: str
+    optional: bool = False
+
+
+def repacked_on(tensor: torch.Tensor, device: torch.device) -> Repacked | None:
+    """Return what becomes of a wrapper on a device; None if its bytes are copied.
+
+    Its class moves a copy of it, to show what it does. A base class that is packed for
+    any device may make one of its subclasses of it, which are packed for that device.
     """
     if tensor.device.type == device.type:
         return None
     try:
         moved = tensor.detach().to(device)
     except Exception as error:
-        return f"which refuses to go there: {error}"
-    if type(moved) is type(tensor) and _same_parts(moved, tensor):
+        return Repacked(f"which refuses to go there: {error}")
+    kind = type(tensor)
+    if type(moved) is kind and _same_parts(moved, tensor):
         return None
-    return "which packs its bytes otherwise there"
+    if type(moved) is not kind and issubclass(type(moved), kind):
+        how = f"which .to() would make a {type(moved).__name__}"
+        return Repacked(how, optional=_is_made_on(tensor, device))
+    return Repacked("which packs its bytes otherwise there")
+
+
+def _is_made_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Tell whether a wrapper's class takes its parts on a device."""
+    parts = parts_of(tensor)
+    assert parts is not None, "it was found to have some"
+    there = zip(parts.paths, (part.to(device) for part in parts.tensors), strict=True)
+    try:
+        made = with_parts(tensor.detach(), dict(there))
+    except Exception:
+        return False
+    return type(made) is type(tensor)
 
 
 def _same_parts(one: torch.Tensor, other: torch.Tensor) -> bool:

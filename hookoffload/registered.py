@@ -5,6 +5,7 @@ Everything here only reads the model.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ from .packed import (
     gives_other_data,
     is_wrapper,
     parts_of,
-    why_repacked,
+    repacked_on,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -219,6 +222,8 @@ def check_packed(
 ) -> None:
     """Raise `ValueError` for what is packed for another device than the given one.
 
+    What is packed for any is only told to have a faster packing there.
+
     Args:
         model: the model.
         device: where it is to compute.
@@ -227,19 +232,31 @@ def check_packed(
     for name, module, tensor, _ in _registered(model):
         check_4_bit_linear(name, tensor, module, device)
     for name, tensor in _one_of_each_wrapper(model, known):
-        reason = why_repacked(tensor, device)
-        if reason is not None:
+        repacked = repacked_on(tensor, device)
+        if repacked is None:
+            continue
+        what = (
+            f"{name} is a {type(tensor).__name__} on {tensor.device.type} and is "
+            f"to compute on {device.type}, {repacked.how}"
+        )
+        if not repacked.optional:
             raise ValueError(
-                f"{name} is a {type(tensor).__name__} on {tensor.device.type} and is "
-                f"to compute on {device.type}, {reason}. Quantise the model on "
-                f"{device.type}, and attach it as it is then"
+                f"{what}. Quantise the model on {device.type}, and attach it as it "
+                "is then"
             )
+        logger.warning(
+            "%s. It computes there as it is, and results may differ in the last bits "
+            "from those of a model that was quantised on %s or moved there",
+            what,
+            device.type,
+        )
 
 
 def unreadable_at_rest(model: nn.Module) -> str | None:
     """Return a description of a tensor whose class cannot read its bytes in RAM."""
     for name, tensor in _one_of_each_wrapper(model, ()):
-        if why_repacked(tensor, torch.device("cpu")) is not None:
+        repacked = repacked_on(tensor, torch.device("cpu"))
+        if repacked is not None and not repacked.optional:
             return f"{name}, a {type(tensor).__name__} packed for {tensor.device.type}"
     return None
 

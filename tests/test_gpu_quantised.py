@@ -12,10 +12,12 @@ from torch import nn
 from hookoffload import (
     attach_offload_hooks,
     detach,
+    offload,
     offload_plan,
     offload_stats,
     offloaded,
 )
+from hookoffload.packed import parts_of, with_parts
 from hookoffload.registered import unreadable_at_rest
 from tests.quantised_models import (
     KINDS,
@@ -60,6 +62,8 @@ def test_outputs_devices_and_objects_are_those_of_the_plain_model(
 ) -> None:
     model, x = make(device="cuda"), rows().cuda()
     want = run(model, x)
+    # Else nothing below tells anything about what is attached.
+    assert_same_output(run(model, x), want, model, "plain")
     before, held = attributes(model), parts(model)
     saved = flat(model.state_dict())
     values = {name: part.cpu() for name, part in held.items()}
@@ -72,10 +76,10 @@ def test_outputs_devices_and_objects_are_those_of_the_plain_model(
         )
         for module in model
     ]
-    for setting in SETTINGS.values():
+    for name_of_setting, setting in SETTINGS.items():
         with offloaded(model, **setting):
             for _ in range(3):
-                assert same_bits(run(model, x), want)
+                assert_same_output(run(model, x), want, model, name_of_setting)
             if unreadable:
                 with pytest.raises(RuntimeError, match="where its class cannot"):
                     model.state_dict()
@@ -87,6 +91,7 @@ def test_outputs_devices_and_objects_are_those_of_the_plain_model(
             for name, value in saved.items():
                 if isinstance(value, torch.Tensor):
                     assert same_bits(state[name].cpu(), value.cpu()), name
+            offload(model)  # a state dict that was refused left residents bound
             at_rest = {p.device.type for p in model.parameters()}
             assert at_rest == {"cpu"}
         assert attributes(model) == before
@@ -98,6 +103,24 @@ def test_outputs_devices_and_objects_are_those_of_the_plain_model(
     for hook in hooks:
         hook.remove()
     assert same_bits(run(model, x), want)
+
+
+def assert_same_output(
+    got: torch.Tensor, want: torch.Tensor, model: nn.Module, when: str
+) -> None:
+    """Compare bits; what differs is told in one line, with the weights' classes."""
+    if same_bits(got, want):
+        return
+    difference = (got.float() - want.float()).abs().max().item()
+    kinds = sorted({type(module.weight).__name__ for module in linears_of(model)})
+    raise AssertionError(
+        f"{when}: {', '.join(kinds)}: outputs differ by up to {difference:.3g}, "
+        f"the largest is {want.abs().max().item():.3g}"
+    )
+
+
+def linears_of(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model if not isinstance(m, nn.LayerNorm | nn.GELU)]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +146,32 @@ def test_what_the_cpu_packs_otherwise_is_refused() -> None:
         pytest.skip("this optimum-quanto packs both alike")
     with pytest.raises(ValueError, match=r"weight is a TinyGemm.* on cpu"):
         attach_offload_hooks(model)
+
+
+@pytest.mark.parametrize("kind", ["quanto fp8", "quanto int2"])
+def test_what_is_packed_for_any_device_computes_as_it_is(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the CPU optimum-quanto has no packing of its own for fp8 and 2 bits."""
+    model, moved = KINDS[kind](), KINDS[kind]()
+    for there, here in zip(linears_of(moved), linears_of(model), strict=True):
+        weight = here.weight.detach()
+        held = parts_of(weight)
+        assert held is not None
+        found = {p: t.cuda() for p, t in zip(held.paths, held.tensors, strict=True)}
+        there.weight = nn.Parameter(with_parts(weight, found), requires_grad=False)
+        there.bias = nn.Parameter(here.bias.detach().cuda(), requires_grad=False)
+    moved[1].load_state_dict(model[1].state_dict())
+    moved[1].cuda()
+    x = rows().cuda()
+    want = run(moved, x)
+    for name, setting in SETTINGS.items():
+        with offloaded(model, **setting):
+            for _ in range(2):
+                assert_same_output(run(model, x), want, model, name)
+    faster = type(model[0].weight.detach().cuda())
+    told = "\n".join(caplog.messages)
+    assert (faster is not type(model[0].weight)) == ("as it is" in told), told
 
 
 @pytest.mark.parametrize("kind", ["torchao int8", "bitsandbytes nf4", "gguf q8_0"])

@@ -435,6 +435,80 @@ def test_a_replacement_that_is_packed_for_another_device_is_refused() -> None:
         run(model, x)
 
 
+class AnyPacking(Coded):
+    """Packed for any device; moving it anywhere makes a faster class of it."""
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, parts: dict[str, Any], context: None, size: Any, stride: Any
+    ) -> Coded:
+        return AnyPacking(parts["codes"], parts["scale"])
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            return CpuPacking(args[0].codes.t().contiguous(), args[0].scale)
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale, args[0].device)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class CpuPacking(AnyPacking):
+    """What `AnyPacking` is made into."""
+
+
+class Elsewhere(AnyPacking):
+    """Takes its parts on no other device, although it is a base class."""
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, parts: dict[str, Any], context: None, size: Any, stride: Any
+    ) -> Coded:
+        raise AssertionError("only where I was made")
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            return FromElsewhere(args[0].codes, args[0].scale)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class FromElsewhere(Elsewhere):
+    """What `Elsewhere` is made into."""
+
+
+def test_a_weight_packed_for_any_device_is_streamed_as_it_is_and_that_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = coded()
+    other, x = model[2].weight, rows()
+    want = run(model, x)
+    weight = AnyPacking(other.codes, other.scale, "cuda:0")
+    model[2].weight = nn.Parameter(weight, requires_grad=False)
+    assert unreadable_at_rest(model) is None
+    with offloaded(model, _policy(limit_gb=0)):
+        (told,) = [text for text in caplog.messages if "AnyPacking" in text]
+        for _ in range(2):
+            assert same_bits(run(model, x), want)
+        assert type(model[2].weight) is AnyPacking
+    assert "2.weight is a AnyPacking on cuda" in told
+    assert ".to() would make a CpuPacking" in told
+    assert "results may differ" in told
+
+
+def test_a_base_class_that_does_not_take_its_parts_elsewhere_is_refused() -> None:
+    model = linears()
+    weight = Elsewhere(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4, 1), "cuda:0")
+    model[2].weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=r"would make a FromElsewhere\. Quantise"):
+        attach_offload_hooks(model, _policy())
+    assert unreadable_at_rest(model) == "2.weight, a Elsewhere packed for cuda"
+
+
 class Remade(Coded):
     """Makes its parts anew whenever somebody looks."""
 
