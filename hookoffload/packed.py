@@ -36,6 +36,15 @@ _BESIDE: dict[str, tuple[str, ...]] = {
 _LINEAR_8BIT = "bitsandbytes.nn.modules.Linear8bitLt"
 _LINEAR_4BIT = "bitsandbytes.nn.modules.Linear4bit"
 
+# Formats of torchao that are laid out for the kernels of some kinds of device. Their
+# classes copy the bytes to any other, and fail in the forward.
+_COMPUTE_ON: dict[str, tuple[str, ...]] = {
+    "Int4OpaqueTensor": ("cpu",),
+    "Int4PlainInt32Tensor": ("xpu", "npu"),
+    "Int4PreshuffledTensor": ("cuda",),
+    "Int4TilePackedTo4dTensor": ("cuda",),
+}
+
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
@@ -225,6 +234,25 @@ def check_4_bit_linear(
             "support_avx512bf16_for_cpu = False on every Linear4bit before the "
             "model runs for the first time"
         )
+
+
+def check_kernels(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Refuse a format of torchao that a device has no kernels for.
+
+    Raises:
+        ValueError: It is in such a format.
+    """
+    kind = type(tensor)
+    kinds = _COMPUTE_ON.get(kind.__name__)
+    ours = kinds is not None and kind.__module__.partition(".")[0] == "torchao"
+    if kinds is None or not ours or device.type in kinds:
+        return
+    raise ValueError(
+        f"{name} is a {kind.__name__}, torchao's format for {' and '.join(kinds)}, "
+        f"and is to compute on {device.type}, which has no kernel for it. Quantise "
+        f"the model on {device.type}, in a format for it (Int4WeightOnlyConfig("
+        'int4_packing_format=...) of torchao; "tile_packed_to_4d" is for cuda)'
+    )
 
 
 class Repacked(NamedTuple):

@@ -17,6 +17,7 @@ from .codec import is_castable
 from .packed import (
     Wrapper,
     check_4_bit_linear,
+    check_kernels,
     gives_other_data,
     is_wrapper,
     parts_of,
@@ -231,6 +232,7 @@ def check_packed(
     """
     for name, module, tensor, _ in _registered(model):
         check_4_bit_linear(name, tensor, module, device)
+        check_kernels(name, tensor, device)
     for name, tensor in _one_of_each_wrapper(model, known):
         repacked = repacked_on(tensor, device)
         if repacked is None:

@@ -111,6 +111,18 @@ def torchao(config: str, *args: Any, device: str = "cpu", **kwargs: Any) -> nn.M
     return model
 
 
+def torchao_cpu_int4() -> nn.Module:
+    """Pack 4 bits as the kernels of the CPU want them."""
+    library = pytest.importorskip("torchao.prototype.quantization.int4")
+
+    def packed(module: nn.Linear) -> nn.Module:
+        weight = library.Int4OpaqueTensor.from_hp(module.weight.detach(), [1, 64])
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        return module
+
+    return _replace_linears(linears(), packed)
+
+
 def quanto(
     qtype: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> nn.Module:
@@ -192,6 +204,12 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "bitsandbytes int8": bitsandbytes_8bit,
     "gguf q8_0": lambda **d: gguf("Q8_0", **d),
     "gguf q4_0": lambda **d: gguf("Q4_0", **d),
+}
+
+# The GPU has no kernels for these.
+CPU_KINDS: dict[str, Callable[..., nn.Module]] = {
+    **KINDS,
+    "torchao int4, for the cpu": torchao_cpu_int4,
 }
 
 

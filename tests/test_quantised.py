@@ -23,8 +23,9 @@ from hookoffload import (
     offloaded,
 )
 from hookoffload.packed import Wrapper
-from hookoffload.registered import unreadable_at_rest
+from hookoffload.registered import check_packed, unreadable_at_rest
 from tests.quantised_models import (
+    CPU_KINDS,
     KINDS,
     WIDTH,
     Coded,
@@ -35,6 +36,7 @@ from tests.quantised_models import (
     linears,
     parts,
     rows,
+    torchao_cpu_int4,
 )
 from tests.samples import run, same_bits
 
@@ -47,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "poisoned": {"limit_gb": 0, "debug": True},
 }
 
-every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+every_kind = pytest.mark.parametrize("make", CPU_KINDS.values(), ids=CPU_KINDS)
 
 
 def _policy(**fields: Any) -> OffloadPolicy:
@@ -433,6 +435,25 @@ def test_a_replacement_that_is_packed_for_another_device_is_refused() -> None:
             run(model, x)
         model[2].weight = kept
         run(model, x)
+
+
+def test_a_format_that_the_compute_device_has_no_kernels_for_is_refused() -> None:
+    """Its class would copy the bytes there, and fail in the forward."""
+    model = torchao_cpu_int4()
+    check_packed(model, torch.device("cpu"))
+    match = r"0\.weight is a Int4OpaqueTensor, .* for cpu, .*compute on cuda.* Quantise"
+    with pytest.raises(ValueError, match=match):
+        check_packed(model, torch.device("cuda"))
+    quantization = pytest.importorskip("torchao.quantization")
+    weight = quantization.Int4TilePackedTo4dTensor(
+        torch.zeros(32, 2, 32, 4, dtype=torch.int32),
+        torch.zeros(2, WIDTH, 2, dtype=torch.bfloat16),
+        block_size=[1, 128],
+        shape=torch.Size([WIDTH, WIDTH]),
+    )
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=r"0\.weight is a Int4TilePacked.* on cpu"):
+        attach_offload_hooks(model, _policy())
 
 
 class AnyPacking(Coded):
