@@ -103,11 +103,26 @@ class DeviceMemory:
 
     def allocated_bytes(self) -> int | None:
         """Return what this process's PyTorch allocator holds, None where unknown."""
-        return self._statistic("current", "memory_allocated")
+        return self._statistic("allocated", "current", "memory_allocated")
 
     def peak_bytes(self) -> int | None:
         """Return the allocator's peak since it was last reset, None where unknown."""
-        return self._statistic("peak", "max_memory_allocated")
+        return self._statistic("allocated", "peak", "max_memory_allocated")
+
+    def return_unused(self) -> None:
+        """Have PyTorch's allocator return to the device what it keeps past the limit.
+
+        Blocks that were freed are of little use for others of other sizes, and the
+        device shows them as taken. It waits for the device: not for steady passes.
+        """
+        limit = self.budget.limit_bytes
+        give = getattr(self._module, "empty_cache", None)
+        if not limit or give is None:
+            return
+        reserved = self._statistic("reserved", "current", "memory_reserved") or 0
+        unused = reserved - (self.allocated_bytes() or 0)
+        if min(reserved - limit, unused) > UNUSED_BYTES:
+            give()
 
     def reset_peak(self) -> None:
         """Start the allocator's peak anew, where there is one."""
@@ -120,17 +135,20 @@ class DeviceMemory:
         """Whether activations can be counted on this device."""
         return getattr(self._module, "max_memory_allocated", None) is not None
 
-    def _statistic(self, key: str, name: str) -> int | None:
+    def _statistic(self, what: str, key: str, name: str) -> int | None:
         # Where the statistics can be had as they are: the functions make a flat, sorted
         # copy of all of them first, which takes a tenth of a millisecond in each pass.
         nested = getattr(self._module, "memory_stats_as_nested_dict", None)
         if nested is not None:
-            found = nested(self.device).get("allocated_bytes")
+            found = nested(self.device).get(f"{what}_bytes")
             if found is not None:
                 return int(found["all"][key])
         function = getattr(self._module, name, None)
         return None if function is None else int(function(self.device))
 
+
+# PyTorch's allocator may keep so much beyond the limit: activations come again.
+UNUSED_BYTES = 2**27
 
 # Kinds of memory whose bytes have other owners later in the same pass.
 TRANSIENT_KINDS = frozenset({"window", "casts"})

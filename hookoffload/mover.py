@@ -8,7 +8,7 @@ import torch
 
 from .alignment import align
 from .budget import MemoryBudget
-from .device_memory import Block, DeviceMemory
+from .device_memory import UNUSED_BYTES, Block, DeviceMemory
 from .layer import Layer
 from .layer_copies import LayerCopies
 from .order import ExecutionOrder
@@ -90,6 +90,8 @@ class LayerMover:
                 self.evict(layer)
         try:
             self.window.resize(plan)
+            self.memory.return_unused()
+            taken = 0
             for layer in self.layers:
                 if layer.keep and layer.resident is None and layer.pieces:
                     coded = layer.index in plan.kept_coded
@@ -97,6 +99,10 @@ class LayerMover:
                     if most is not None and not self._fits(nbytes, most):
                         self.plan = None
                         return False
+                    taken += nbytes
+                    if taken > UNUSED_BYTES:
+                        self.memory.return_unused()
+                        taken = 0
                     layer.keeps_code = coded
                     layer.resident = self._residence(layer)
                     layer.copied_revision = -1

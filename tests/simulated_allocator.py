@@ -46,10 +46,11 @@ class CachingAllocator:
         allocated: bytes of the blocks that are handed out.
         peak: the most of them at once, since `reset_peak`.
         reserved: bytes of all segments.
+        peak_reserved: the most of them, since `reset_peak`.
     """
 
     def __init__(self) -> None:
-        self.allocated = self.peak = self.reserved = 0
+        self.allocated = self.peak = self.reserved = self.peak_reserved = 0
         self._segments: dict[int, list[_Piece]] = {}
         self._numbers = itertools.count()
 
@@ -94,8 +95,14 @@ class CachingAllocator:
             pieces[at - 1].size += pieces.pop(at).size
 
     def reset_peak(self) -> None:
-        """Start a new peak."""
-        self.peak = self.allocated
+        """Start new peaks."""
+        self.peak, self.peak_reserved = self.allocated, self.reserved
+
+    def empty(self) -> None:
+        """Give back the segments of which nothing is handed out."""
+        for number, pieces in list(self._segments.items()):
+            if len(pieces) == 1 and pieces[0].free:
+                self.reserved -= self._segments.pop(number)[0].size
 
     def _segment(self, size: int, *, small: bool) -> _Piece:
         if small:
@@ -108,6 +115,7 @@ class CachingAllocator:
         piece = _Piece(number, 0, whole, small)
         self._segments[number] = [piece]
         self.reserved += whole
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
         return piece
 
 
@@ -126,6 +134,8 @@ class CountedMemory(TorchDispatchMode):
             memory_allocated=lambda _=None: allocator.allocated,
             max_memory_allocated=lambda _=None: allocator.peak,
             reset_peak_memory_stats=lambda _=None: allocator.reset_peak(),
+            memory_reserved=lambda _=None: allocator.reserved,
+            empty_cache=allocator.empty,
         )
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,9 @@ from hookoffload import (
     detach,
     offload_plan,
     offload_stats,
+    set_limit,
 )
+from hookoffload.device_memory import UNUSED_BYTES
 from tests.samples import GIB, same_bits
 from tests.simulated_allocator import MIB, CachingAllocator, CountedMemory
 
@@ -193,6 +195,39 @@ def test_outputs_that_are_kept_take_room_from_residents(
             assert memory.allocator.peak <= limit
         assert offload_stats(model).peak_bytes <= limit
         detach(model)
+
+
+def test_memory_that_is_given_up_is_returned_to_the_device(
+    memory: CountedMemory,
+) -> None:
+    model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(22)))
+    x = torch.randn(2, 2048)
+    with memory, torch.no_grad():
+        attach_offload_hooks(model, _policy(330 * MIB))
+        for limit in (330 * MIB, 60 * MIB):
+            set_limit(model, limit / GIB)
+            for _ in range(2):
+                model(x)
+            assert memory.allocator.reserved <= limit + UNUSED_BYTES
+        detach(model)
+
+
+def test_memory_that_was_freed_does_not_pile_up_beside_blocks_of_other_sizes(
+    memory: CountedMemory,
+) -> None:
+    models = {
+        str(width): nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+        for width, depth in ((2048, 16), (2100, 16), (2150, 16))
+    }
+    with memory, torch.no_grad():
+        limit = 240 * MIB
+        attach_offload_hooks(models, _policy(limit))
+        memory.allocator.reset_peak()
+        for width in ("2048", "2100", "2150"):
+            for _ in range(2):
+                models[width](torch.randn(2, int(width)))
+        assert memory.allocator.peak_reserved <= limit + 2 * UNUSED_BYTES
+        detach(models)
 
 
 def test_a_block_is_cut_only_where_more_than_a_mebibyte_is_left() -> None:
