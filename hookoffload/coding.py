@@ -13,8 +13,9 @@ from torch import nn
 from .assembly import Assembly, assemble, only_looked_up
 from .budget import BudgetExceededError, MemoryBudget
 from .gather import can_gather
+from .host_memory import automatic_limit
 from .lossless import TIMED_BYTES, decode_seconds, fused_decoder
-from .lossless_device import DEVICE_BYTES, DeviceEncoder
+from .lossless_device import BYTES_PER_VALUE, CHUNK_VALUES, DeviceEncoder
 from .lossless_encoder import CODED_DTYPES, ChunkEncoder
 from .lossless_host import HostEncoder
 from .lossless_layout import CodeLayout
@@ -30,8 +31,11 @@ from .safetensors_file import TensorLocation
 # Less is not worth a launch of a decoder.
 LEAST_CODED_BYTES = 2**16
 
-# Behind so many, copies in host RAM and the link are what takes the time.
-_DEVICE_THREADS = 8
+# Behind so many, copies in host RAM and the link are what takes the time; with fewer
+# than a few, they wait for each other.
+_DEVICE_THREADS, _FEW_THREADS = 8, 4
+# What encoders may take of a device for a moment, and the part of what is free there.
+_ENCODING_BYTES, _ENCODING_SHARE = 2**31, 2
 
 
 def assemble_coded(
@@ -202,18 +206,13 @@ def _encode(
     """Encode masters by several threads, on the device if it has room for that."""
     if not masters:
         return
-    device, cores = policy.compute_device, os.cpu_count() or 1
-    threads = min(cores, _DEVICE_THREADS) if device.type == "cuda" else 0
-    # Who wants as little as possible there shall not find it full at attach.
-    if policy.limit_bytes == 0:
-        threads = 0
-    while threads and not budget.fits(DEVICE_BYTES * threads):
-        threads -= 1
+    device = policy.compute_device
+    threads, chunk_values = _device_encoders(policy, budget)
     if threads:
-        taken = DEVICE_BYTES * threads
+        taken = threads * chunk_values * BYTES_PER_VALUE
         budget.reserve("encoding", taken)
         try:
-            make = partial(DeviceEncoder, device)
+            make = partial(DeviceEncoder, device, chunk_values)
             _encode_in_threads(masters, threads, make, work)
             if taken >= 2 * TIMED_BYTES:
                 decode_seconds(device, TIMED_BYTES)  # for figures
@@ -224,6 +223,24 @@ def _encode(
         _encode_in_threads(masters, torch.get_num_threads(), HostEncoder, work)
     if device.type == "cuda":
         fused_decoder(device)  # compiled now rather than in the first forward
+
+
+def _device_encoders(policy: ResolvedPolicy, budget: MemoryBudget) -> tuple[int, int]:
+    """Return how many threads encode on the device, and the values of their chunks."""
+    device, limit = policy.compute_device, policy.limit_bytes
+    # Who wants as little as possible there shall not find it full at attach.
+    if device.type != "cuda" or limit == 0:
+        return 0, 0
+    most = min(_ENCODING_BYTES, automatic_limit(device) // _ENCODING_SHARE)
+    if limit is not None:
+        most = min(most, limit - budget.total_used)
+    threads = chunk_values = 0
+    for chunk_values in CHUNK_VALUES:
+        room = max(most, 0) // (chunk_values * BYTES_PER_VALUE)
+        threads = min(room, _DEVICE_THREADS, os.cpu_count() or 1)
+        if threads >= min(_FEW_THREADS, os.cpu_count() or 1):
+            break
+    return threads, chunk_values
 
 
 def _encode_in_threads(

@@ -14,10 +14,12 @@ import torch
 from .lossless_encoder import Patches
 from .lossless_layout import BLOCK, CodeLayout
 
-_CHUNK_VALUES = 2**21
-# What an encoder takes on its device at most: fp32 values with what is computed from
-# them, in which everything but the values themselves is half as large.
-DEVICE_BYTES = 2**26
+# A chunk is a few dozen launches, which threads of one process can only do in turn:
+# with 2**21 values these took most of the time that weights of 41 GB did (one H200).
+CHUNK_VALUES = (2**24, 2**23, 2**22, 2**21)
+# What an encoder takes on its device at most, for each value of a chunk: as fp32, with
+# what is computed from it, in which everything but the values is half as large.
+BYTES_PER_VALUE = 32
 
 # Masks for words of two values, one in each half.
 _SIGN = 0x00800080
@@ -37,12 +39,16 @@ class DeviceEncoder:
 
     Args:
         device: the CPU gives the same bytes, more slowly.
+        chunk_values: how many values to take at a time; see `CHUNK_VALUES`.
     """
 
-    __slots__ = ("_chunk", "_device", "_planes", "_stream")
+    __slots__ = ("_chunk", "_chunk_values", "_device", "_planes", "_stream")
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, chunk_values: int = CHUNK_VALUES[-1]
+    ) -> None:
         self._device = device
+        self._chunk_values = chunk_values
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
@@ -54,7 +60,7 @@ class DeviceEncoder:
     @property
     def chunk_values(self) -> int:
         """See `ChunkEncoder`."""
-        return _CHUNK_VALUES
+        return self._chunk_values
 
     def encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor

@@ -7,15 +7,13 @@ from there, so that the wide tensor never exists.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 
 import torch
 
+from .host_memory import prefer_huge_pages
 from .reader_threads import reader_count
 from .safetensors_file import TensorLocation
 
@@ -25,7 +23,6 @@ Read = tuple[TensorLocation, torch.Tensor]
 _CHUNK = 8 * 2**20
 # What is cast is read again from the processor's cache; each thread has such a buffer.
 _CAST_CHUNK = 2**20
-_HUGE_PAGE = 2 * 2**20
 
 
 def read_tensors(
@@ -60,20 +57,9 @@ def read_tensors(
 
 
 def empty_in_ram(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Returns a tensor without values, in huge pages where the system has them.
-
-    The first touch of its memory is a large part of the time that a read takes.
-    """
+    """Returns a tensor without values, in huge pages where the system has them."""
     tensor = torch.empty(shape, dtype=dtype)
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    end = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
-    if advice is not None and start < end:
-        with suppress(OSError, AttributeError):
-            # Whole pages inside the tensor: memory of others is left as it is.
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice
-            )
+    prefer_huge_pages(tensor)
     return tensor
 
 

@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hookoffload as ho
+from hookoffload import coding
+from hookoffload.budget import MemoryBudget
 from hookoffload.layer import Layer
+from hookoffload.lossless_device import BYTES_PER_VALUE
 
 from .children import in_child
 from .process_memory import anonymous_bytes, settled_bytes
@@ -456,3 +459,29 @@ def test_plans_foresee_codes(model: Model, tmp_path: Path) -> None:
 def test_a_codec_that_is_unknown_is_refused() -> None:
     with pytest.raises(ValueError, match="codec='zip' is unknown"):
         ho.OffloadPolicy(codec="zip")  # type: ignore[arg-type]
+
+
+def test_encoders_take_large_chunks_where_the_device_has_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = 80 * 2**30
+    monkeypatch.setattr(coding, "automatic_limit", lambda _: free)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+
+    def taken(limit: int | None, used: int = 0) -> tuple[int, int]:
+        budget = MemoryBudget(limit)
+        budget.reserve("residents", used)
+        resolved = policy("cuda", limit).resolve(here=False)
+        threads, values = coding._device_encoders(resolved, budget)
+        assert threads * values * BYTES_PER_VALUE <= min(free // 2, 2**31)
+        if limit is not None:
+            assert threads * values * BYTES_PER_VALUE <= limit - used
+        return threads, values
+
+    assert taken(None) == taken(8 * 2**30) == (4, 2**24)
+    assert taken(8 * 2**30, used=7 * 2**30) == (4, 2**23)
+    assert taken(2**28) == (4, 2**21)
+    assert taken(2**27) == (2, 2**21)
+    assert taken(2**25)[0] == taken(0)[0] == 0
+    free = 2**30
+    assert taken(None) == (4, 2**22)

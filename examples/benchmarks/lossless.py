@@ -21,7 +21,7 @@ import torch
 
 from hookoffload.lossless import Coded, decode, encode, encode_from
 from hookoffload.lossless_decoder import decode_in_torch
-from hookoffload.lossless_device import DeviceEncoder
+from hookoffload.lossless_device import CHUNK_VALUES, DeviceEncoder
 from hookoffload.lossless_encoder import ChunkEncoder
 from hookoffload.lossless_host import HostEncoder
 
@@ -48,7 +48,9 @@ def main() -> None:
     check_kernel()
     for mib in sizes:
         print_kernel(mib * 2**20)
-    print_encoding("gpu", lambda: DeviceEncoder(GPU))
+    for chunk in CHUNK_VALUES:
+        name = f"gpu, {chunk // 2**20:2} Mi values at a time,"
+        print_encoding(name, partial(DeviceEncoder, GPU, chunk))
 
 
 def samples(count: int) -> dict[str, torch.Tensor]:
@@ -172,11 +174,11 @@ def print_kernel(nbytes: int) -> None:
 
 def print_encoding(where: str, make_encoder: Callable[[], ChunkEncoder]) -> None:
     """Prints how fast weights in host RAM are encoded, by threads side by side."""
-    weights = [(torch.randn(2**23) * 0.02).to(BF16) for _ in range(8)]
+    weights = [(torch.randn(2**24) * 0.02).to(BF16) for _ in range(8)]
     cores = os.cpu_count() or 1
 
     def work(weight: torch.Tensor, encoder: ChunkEncoder) -> None:
-        for _ in range(4):
+        for _ in range(2):
             encode_from(lambda a, b: weight[a:b], weight.numel(), BF16, encoder)
 
     for threads in [n for n in (1, 2, 4, 8, 16) if n <= cores]:
@@ -185,7 +187,7 @@ def print_encoding(where: str, make_encoder: Callable[[], ChunkEncoder]) -> None
         with ThreadPoolExecutor(threads) as pool:
             run = partial(pool.map, work, chosen, encoders)
             taken, _ = seconds(lambda run=run: list(run()), 2)
-        nbytes = 4 * sum(weight.nbytes for weight in chosen)
+        nbytes = 2 * sum(weight.nbytes for weight in chosen)
         print(f"encode {where} {threads:2} threads: {nbytes / taken / 1e9:.2f} GB/s")
 
 
