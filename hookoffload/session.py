@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,11 @@ logger = logging.getLogger(__name__)
 
 
 # Whether a master waits on disk. Those that do first: what is written frees RAM.
+# Layers and hooks for so many weights are so many objects that Python soon looks at all
+# that there are, a quarter of a second with a model library loaded: here rather than in
+# the first forward, with a GPU waiting.
+_MANY = 500
+
 _TIERS = (True, False)
 
 ValueT = TypeVar("ValueT")
@@ -231,6 +237,8 @@ class Session(NotCopied):
             self._take_stock()
             self.state_hooks.register()
             logger.info("attached %s: %r", type(self.model).__name__, self.plan)
+            if policy.compute_device.type != "cpu" and len(self.masters) >= _MANY:
+                gc.collect()
         except BaseException:
             self.end()
             raise
