@@ -133,6 +133,9 @@ class PassPlanner:
             self._measuring = True
             return self._measuring_plan(limit)
         self._measuring = False
+        if (self._memory.peak_bytes() or 0) > (self._policy.limit_bytes or limit):
+            # It was reached before: under another limit, or by other code.
+            self._memory.reset_peak()
         self._leave_room_beside(known)
         return self.plan
 

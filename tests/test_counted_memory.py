@@ -180,6 +180,30 @@ def test_models_give_way_to_one_that_is_measured(memory: CountedMemory) -> None:
         del workspace
 
 
+@pytest.mark.parametrize("by", ["another limit", "other code"])
+def test_a_peak_from_before_a_pass_is_not_taken_for_its_own(
+    by: str, memory: CountedMemory, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Taking(20, 1024), torch.randn(2, 1024)
+    layer = 1024 * 1024 * 4
+    with memory, torch.no_grad():
+        first = 16 if by == "another limit" else 9
+        attach_offload_hooks(model, _policy(first * layer))
+        for _ in range(3):
+            model(x)
+        if by == "another limit":
+            set_limit(model, 9 * layer / GIB)
+        else:
+            torch.empty(10 * layer, dtype=torch.uint8)
+        wanted = offload_plan(model).resident
+        for _ in range(3):
+            model(x)
+        assert offload_plan(model).resident == wanted
+        assert len(wanted) >= 5
+        detach(model)
+    assert not caplog.records
+
+
 def test_outputs_that_are_kept_take_room_from_residents(
     memory: CountedMemory,
 ) -> None:
