@@ -84,6 +84,8 @@ class Group:
         What moves between RAM and disk when it is not needed goes to its offload
         placement: first, so that the host never holds both.
         """
+        for other in self._running_around(session):
+            other.planner.pause()
         if session is self._active:
             return
         if session not in self._chosen:
@@ -93,6 +95,19 @@ class Group:
                 with other.by_hand("offload"):
                     other.offload()
         self._active = session
+
+    def end(self, session: Session) -> None:
+        """Go on with the members inside whose forwards one has run.
+
+        What it took goes as far as their activations need the room.
+        """
+        limit = self.policy.limit_bytes
+        for other in self._running_around(session):
+            room = (limit or 0) - other.planner.activation_bytes
+            if limit and self.budget.used > room:
+                session.mover.free_window()
+                session.mover.give_up_residents(lambda: self.budget.used <= room)  # noqa: B023
+            other.planner.resume()
 
     def note(self, session: Session, entry: str) -> None:
         """Note that a pass begins, of a member or of a part of it."""
@@ -135,16 +150,20 @@ class Group:
         room = limit - session.planner.with_activations(plan)
         if self._beside(session) <= room:
             return plan
-        if plan is not session.planner.plan:  # of a pass that measures: it needs it all
+        # A pass that measures needs all that there is.
+        measuring = plan is not session.planner.plan
+        if measuring:
             sooner: list[str] = []
             later = self._by_next_use(session, idle)
         else:
             sooner, later = self._split(session, idle)
         if self._evict_named(later, sooner, lambda: self._beside(session) <= room):
             return plan
-        least = session.planner.streaming_bytes()
+        least = session.planner.streaming_bytes
         self._evict_named(sooner, [], lambda: self._beside(session) <= limit - least)
-        if self._beside(session) > limit - session.plan.least_bytes:
+        if measuring:
+            self._interrupt_running(session, lambda: self._beside(session) <= room)
+        elif self._beside(session) > limit - session.planner.least_bytes:
             self._interrupt_running(
                 session, lambda: self._beside(session) <= limit - least
             )
@@ -230,6 +249,13 @@ class Group:
             if other is not session and not other.calls.is_running()
         ]
 
+    def _running_around(self, session: Session) -> list[Session]:
+        return [
+            other
+            for other in self.sessions
+            if other is not session and other.calls.is_running()
+        ]
+
     def _split(
         self, session: Session, idle: Iterable[Session]
     ) -> tuple[list[str], list[str]]:
@@ -284,11 +310,11 @@ class Group:
 
     def _interrupt_running(self, session: Session, enough: Callable[[], bool]) -> None:
         """Take what members do not use that are in the middle of their forwards."""
-        running = [other for other in self.sessions if other.calls.is_running()]
+        running = self._running_around(session)
         for other in running:
-            if other is not session and not enough():
+            if not enough():
                 other.mover.give_up_residents(enough)
                 self._owed.add(other)
         for other in running:
-            if other is not session and not other.mover.in_use and not enough():
+            if not other.mover.in_use and not enough():
                 other.mover.free_window()

@@ -75,10 +75,11 @@ class PassPlanner:
         self._size = 0  # of its inputs, in elements
         self._taken = 0  # bytes of the limit that other models keep
         self._reduced: tuple[int, Plan, Plan] | None = None  # see `beside`
-        self._streaming: tuple[Plan, int] | None = None  # see `streaming_bytes`
+        self._streaming: tuple[Plan, Plan] | None = None  # see `streaming_plan`
         self._adapter_bytes = 0
-        self._measuring = False
+        self._measuring: Plan | None = None  # what the pass under way measures with
         self._held_before = 0  # by others, when the pass that measures began
+        self._earlier = (0, 0)  # of the pass under way, see `pause`
         self._checked: Plan | None = None  # the allocator's share of it was looked at
         self._warned = False
         self._ceiling: int | None = None  # what was found to fit, below the limit
@@ -123,6 +124,7 @@ class PassPlanner:
                 inputs were, and what a pass needed, says nothing of other modules.
         """
         limit = self._limit
+        self._earlier, self._measuring = (0, 0), None
         if limit and not self._memory.measures_peak and probing:
             return self._measuring_plan(limit)
         if not limit or not self._memory.measures_peak:
@@ -130,14 +132,34 @@ class PassPlanner:
         self._entry, self._size = entry, input_elements
         known = self._entries.get(entry)
         if known is None or input_elements > known.size:
-            self._measuring = True
-            return self._measuring_plan(limit)
-        self._measuring = False
+            self._measuring = self._measuring_plan(limit)
+            return self._measuring
         if (self._memory.peak_bytes() or 0) > (self._policy.limit_bytes or limit):
             # It was reached before: under another limit, or by other code.
             self._memory.reset_peak()
         self._leave_room_beside(known)
         return self.plan
+
+    @property
+    def plan_under_way(self) -> Plan:
+        """The plan that the pass under way began with, or would begin with."""
+        return self._measuring or self.plan
+
+    def pause(self) -> None:
+        """Note what the pass under way took so far: another one begins inside it."""
+        peak = self._memory.peak_bytes()
+        if peak is not None:
+            self._earlier = self._taken_so_far(peak)
+            self._memory.reset_peak()
+
+    def resume(self) -> None:
+        """Go on with the pass under way: what ran inside it is not its own."""
+        self._memory.reset_peak()
+
+    def _taken_so_far(self, peak: int) -> tuple[int, int]:
+        """Return the peak of the pass under way, and what of it others took."""
+        before, beside = self._earlier
+        return max(before, peak), max(beside, peak - self._budget.total_used)
 
     @property
     def most_bytes(self) -> int | None:
@@ -198,6 +220,10 @@ class PassPlanner:
         if known is not None and known[0] == nbytes and known[1] is plan:
             return known[2]
         self._taken = nbytes
+        if self._memory.measures_peak:
+            # Blocks of the window, too, take more than their bytes.
+            spare = (self._limit or 0) - self.plan.least_bytes
+            self._taken += min(max(spare, 0), _ROOM_BYTES)
         try:
             if plan is self.plan:
                 reduced = self.make(plan.activation_bytes)
@@ -208,17 +234,35 @@ class PassPlanner:
         self._reduced = (nbytes, plan, reduced)
         return reduced
 
-    def streaming_bytes(self) -> int:
-        """Return what a pass takes that keeps nothing and streams at full speed."""
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of the limit without which a pass cannot run, or would exceed it."""
+        return self.plan.least_bytes + self._counted_activations(self.plan)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the limit that the pass under way needs for activations."""
+        return self._counted_activations(self.plan_under_way)
+
+    def _counted_activations(self, plan: Plan) -> int:
+        return plan.activation_bytes if self._memory.measures_peak else 0
+
+    @property
+    def streaming_plan(self) -> Plan:
+        """A plan that keeps nothing and streams at full speed."""
         if self._streaming is None or self._streaming[0] is not self.plan:
             plan = self.make(self.plan.activation_bytes, keep_residents=False)
-            self._streaming = (self.plan, self.with_activations(plan))
+            self._streaming = (self.plan, plan)
         return self._streaming[1]
+
+    @property
+    def streaming_bytes(self) -> int:
+        """Bytes of the limit that a pass takes with that."""
+        return self.with_activations(self.streaming_plan)
 
     def with_activations(self, plan: Plan) -> int:
         """Return the bytes of a plan that count against the limit."""
-        beside = plan.activation_bytes if self._memory.measures_peak else 0
-        return plan.total_bytes + beside
+        return plan.total_bytes + self._counted_activations(plan)
 
     def room(self, limit_bytes: int | None) -> int | None:
         """Return what a limit leaves for weights; None where all of them fit."""
@@ -242,13 +286,13 @@ class PassPlanner:
         peak = self._memory.peak_bytes()
         if peak is None:
             return
+        peak, beside = self._taken_so_far(peak)
         self.peak_bytes = max(self.peak_bytes, peak)
+        measuring, self._measuring = self._measuring, None
         limit = self._policy.limit_bytes
         if not limit:
             return
-        beside = peak - self._budget.total_used
-        if self._measuring and complete:
-            self._measuring = False
+        if measuring and complete:
             held = self._held_between(output)
             least_room = min(_ROOM_BYTES, limit // _ROOM_SHARE)
             beside += max(least_room, (beside - held) // _ROOM_SHARE)

@@ -122,7 +122,13 @@ class Passes:
 
     def end_part(self, output: object, *, complete: bool) -> None:
         """Account for the call of a part that has ended."""
-        self._session.planner.after_pass(complete=complete, output=output)
+        self._account(output, complete=complete)
+
+    def _account(self, output: object, *, complete: bool) -> None:
+        session = self._session
+        session.planner.after_pass(complete=complete, output=output)
+        if session.group is not None:
+            session.group.end(session)
 
     def end(self, output: object, *, complete: bool) -> None:
         """Account for the forward that has ended."""
@@ -154,7 +160,7 @@ class Passes:
         session.mover.counters.forwards += complete
         if session.recorder is not None:
             session.recorder.end_pass(complete=complete)
-        session.planner.after_pass(complete=complete, output=output)
+        self._account(output, complete=complete)
         # They may also be why the limit was too small: the next forward plans for them.
         if joined and complete:
             self._join(joined)
@@ -202,6 +208,14 @@ class Passes:
                 if not session.planner.step_down(session.mover.reached_bytes * 9 // 10):
                     raise
                 plan = session.planner.plan
+
+    def apply_again(self) -> None:
+        """Make memory what the pass under way needs, which has lost some of it."""
+        session, planner = self._session, self._session.planner
+        if session.mover.in_use:  # what is bound keeps its place in the window
+            self.apply(planner.plan_under_way)
+        elif not self.apply(planner.plan_under_way, planner.most_bytes):
+            self.apply(planner.streaming_plan)
 
     def interrupted(self) -> None:
         """Clean up behind a pass that never reached its end."""

@@ -580,7 +580,7 @@ class Session(NotCopied):
         if not self._call_begun:
             self.begin_outermost_call()  # a part is called without the root
         if self.mover.plan is None:
-            self.passes.apply(self.plan)
+            self.passes.apply_again()
         self.mover.bind(layer, aside=aside)
 
     def release(self, layer: Layer) -> None:

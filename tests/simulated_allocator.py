@@ -45,12 +45,14 @@ class CachingAllocator:
     Attributes:
         allocated: bytes of the blocks that are handed out.
         peak: the most of them at once, since `reset_peak`.
+        most: the most of them at once, whoever has reset the peak since.
         reserved: bytes of all segments.
         peak_reserved: the most of them, since `reset_peak`.
     """
 
     def __init__(self) -> None:
-        self.allocated = self.peak = self.reserved = self.peak_reserved = 0
+        self.allocated = self.peak = self.most = 0
+        self.reserved = self.peak_reserved = 0
         self._segments: dict[int, list[_Piece]] = {}
         self._numbers = itertools.count()
 
@@ -79,6 +81,7 @@ class CachingAllocator:
         piece.free = False
         self.allocated += piece.size
         self.peak = max(self.peak, self.allocated)
+        self.most = max(self.most, self.allocated)
         return piece
 
     def release(self, piece: _Piece | None) -> None:

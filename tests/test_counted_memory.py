@@ -204,6 +204,40 @@ def test_a_peak_from_before_a_pass_is_not_taken_for_its_own(
     assert not caplog.records
 
 
+class Calling(Taking):
+    """One that calls another model in the middle, which has a limit with it."""
+
+    def __init__(self, inner: nn.Module, depth: int, taken: int) -> None:
+        super().__init__(depth, 1024, taken)
+        self.__dict__["inner"] = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.inner(super().forward(x)))
+
+
+@pytest.mark.parametrize("taken", [0, 30 * MIB])
+@pytest.mark.parametrize("layers", [3, 6, 10])
+def test_a_model_inside_anothers_forward_has_its_own_peak(
+    layers: int, taken: int, memory: CountedMemory, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = Taking(8, 1024)
+    models = {"inner": inner, "outer": Calling(inner, 8, taken)}
+    x = torch.randn(2, 1024)
+    allocator = memory.allocator
+    with memory, torch.no_grad():
+        limit = allocator.allocated + layers * 4 * MIB + taken + 4 * MIB
+        attach_offload_hooks(models, _policy(limit))
+        for _ in range(4):
+            allocator.most = 0
+            models["outer"](x)
+            assert allocator.most <= limit
+        assert offload_stats(models).peak_bytes <= limit
+        if layers > 9:
+            assert len(offload_plan(models)["outer"].resident) == 8
+        detach(models)
+    assert not caplog.records
+
+
 def test_outputs_that_are_kept_take_room_from_residents(
     memory: CountedMemory,
 ) -> None:
