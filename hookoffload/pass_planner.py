@@ -29,6 +29,11 @@ _ROOM_SHARE = 64
 # it is left to activations: 64 MiB of a window are 1 ms of copying.
 _GUESSED_BYTES = 256 * 2**20
 
+# Room that is not needed any more goes to residents when so many passes, one behind the
+# other, have not needed it, and if it is at least this part of the limit.
+_PASSES_WITH_ROOM = 3
+_SPARE_SHARE = 32
+
 
 @dataclass
 class _Measured:
@@ -37,6 +42,7 @@ class _Measured:
     size: int
     activations: int
     held: int  # of it, what is there between passes, too
+    before: int  # and what was there when the pass began
 
 
 class PassPlanner:
@@ -46,12 +52,12 @@ class PassPlanner:
     allocator reaches in this process. How much of that is not the library's (the
     activations, and tensors of other code) is measured in a pass that streams
     everything: the first one, and each one whose inputs are larger than all before.
-    What other code holds at the beginning of a later pass, beyond what it held then,
-    is added. So is what the allocator hands out beyond what is asked for: it cuts a
-    free block only if more than 1 MiB is left, which nobody can tell beforehand. It is
-    seen once a plan's blocks are there (`applied`), before the pass begins. On a CPU
-    nobody can count activations apart: the limit bounds the library's own bytes, and
-    one plan serves all passes.
+    What other code holds at the beginning of a later pass, beyond what it held then, is
+    added, and what it has given back is taken off. So is what the allocator hands out
+    beyond what is asked for: it cuts a free block only if more than 1 MiB is left,
+    which nobody can tell beforehand. It is seen once a plan's blocks are there
+    (`applied`), before the pass begins. On a CPU nobody can count activations apart:
+    the limit bounds the library's own bytes, and one plan serves all passes.
 
     Args:
         policy: the limit and the placements.
@@ -72,6 +78,8 @@ class PassPlanner:
         self._activations: int | None = None  # measured, bytes
         self._entries: dict[str, _Measured] = {}  # by the module that was called
         self._entry = ""  # of the pass that runs now
+        self._grown = 0  # what others hold more than in the pass that measured
+        self._with_room = 0  # passes that did not need all that was left to them
         self._size = 0  # of its inputs, in elements
         self._taken = 0  # bytes of the limit that other models keep
         self._reduced: tuple[int, Plan, Plan] | None = None  # see `beside`
@@ -79,6 +87,7 @@ class PassPlanner:
         self._adapter_bytes = 0
         self._measuring: Plan | None = None  # what the pass under way measures with
         self._held_before = 0  # by others, when the pass that measures began
+        self._old_peak = False  # there is one beyond the limit from before the pass
         self._earlier = (0, 0)  # of the pass under way, see `pause`
         self._checked: Plan | None = None  # the allocator's share of it was looked at
         self._warned = False
@@ -132,12 +141,14 @@ class PassPlanner:
         self._entry, self._size = entry, input_elements
         known = self._entries.get(entry)
         if known is None or input_elements > known.size:
+            self._grown = 0
             self._measuring = self._measuring_plan(limit)
             return self._measuring
-        if (self._memory.peak_bytes() or 0) > (self._policy.limit_bytes or limit):
-            # It was reached before: under another limit, or by other code.
-            self._memory.reset_peak()
+        # It was reached before: under another limit, or by other code.
+        most = self._policy.limit_bytes or limit
+        self._old_peak = (self._memory.peak_bytes() or 0) > most
         self._leave_room_beside(known)
+        self._take_room_back(known, limit)
         return self.plan
 
     @property
@@ -179,6 +190,9 @@ class PassPlanner:
             self._memory.reset_peak()
             self._held_before = self._held_by_others()
             return None
+        if self._old_peak:  # now that what was too much has been given up
+            self._old_peak = False
+            self._memory.reset_peak()
         known = self._entries.get(self._entry)
         before = self.plan
         if not complete:
@@ -191,9 +205,28 @@ class PassPlanner:
         return None if self.plan is before else self.plan
 
     def _leave_room_beside(self, known: _Measured) -> None:
-        growth = max(self._held_by_others() - known.held, 0)
-        if known.activations + growth > self.plan.activation_bytes:
-            self.plan = self.make(known.activations + growth + growth // 4)
+        held = self._held_by_others()
+        self._grown = held - known.held
+        if self._grown < 0:
+            # What the pass itself came to hold it will take again.
+            self._grown = min(held - known.before, 0)
+        if known.activations + self._grown > self.plan.activation_bytes:
+            self.plan = self.make(self._wanted(known))
+            self._with_room = 0
+
+    def _wanted(self, known: _Measured) -> int:
+        return known.activations + self._grown + max(self._grown, 0) // 4
+
+    def _take_room_back(self, known: _Measured, limit: int) -> None:
+        wanted = self._wanted(known)
+        spare = self.plan.activation_bytes - wanted
+        if spare <= max(limit // _SPARE_SHARE, 4 * _ROOM_BYTES):
+            self._with_room = 0
+            return
+        self._with_room += 1
+        if self._with_room == _PASSES_WITH_ROOM:
+            self.plan = self.make(wanted)
+            self._with_room = 0
 
     def _measuring_plan(self, limit: int) -> Plan:
         # Unknown activations get three quarters of what is neither taken by others nor
@@ -296,7 +329,7 @@ class PassPlanner:
             held = self._held_between(output)
             least_room = min(_ROOM_BYTES, limit // _ROOM_SHARE)
             beside += max(least_room, (beside - held) // _ROOM_SHARE)
-            measured = _Measured(self._size, beside, held)
+            measured = _Measured(self._size, beside, held, self._held_before)
             self._entries[self._entry] = measured
             most = max(known.activations for known in self._entries.values())
             self._activations = most
@@ -305,7 +338,7 @@ class PassPlanner:
             self._activations = max(self._activations or 0, beside)
             known = self._entries.get(self._entry)
             if known is not None:
-                known.activations = max(known.activations, beside)
+                known.activations = max(known.activations, beside - self._grown)
             self._warn(peak, beside, limit)
             # Or the passes that come would take it for theirs.
             self._memory.reset_peak()

@@ -238,6 +238,54 @@ def test_a_model_inside_anothers_forward_has_its_own_peak(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("from_the_beginning", [False, True])
+def test_room_that_others_took_for_a_while_goes_back_to_residents(
+    from_the_beginning: bool,
+    memory: CountedMemory,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, x = Taking(20, 1024), torch.randn(2, 1024)
+    with memory, torch.no_grad():
+        attach_offload_hooks(model, _policy(64 * MIB))
+        if not from_the_beginning:
+            for _ in range(3):
+                model(x)
+            assert len(offload_plan(model).resident) == 12
+        for _ in range(2):
+            held = torch.empty(40 * MIB, dtype=torch.uint8)
+            for _ in range(3):
+                model(x)
+            assert len(offload_plan(model).resident) <= 2
+            del held
+            for _ in range(3):
+                model(x)
+            memory.allocator.most = 0
+            model(x)
+            assert memory.allocator.most <= 64 * MIB
+            assert len(offload_plan(model).resident) == 12
+        detach(model)
+    assert not caplog.records
+
+
+def test_a_pass_that_needs_less_now_and_then_leaves_residents_as_they_are(
+    memory: CountedMemory,
+) -> None:
+    model, x = Taking(20, 1024), torch.randn(2, 1024)
+    with memory, torch.no_grad():
+        attach_offload_hooks(model, _policy(64 * MIB))
+        model(x)
+        plans = []
+        for _ in range(3):
+            held = torch.empty(20 * MIB, dtype=torch.uint8)
+            model(x)
+            plans.append(offload_plan(model))
+            del held
+            model(x)
+            plans.append(offload_plan(model))
+        assert all(plan == plans[0] for plan in plans)
+        detach(model)
+
+
 def test_outputs_that_are_kept_take_room_from_residents(
     memory: CountedMemory,
 ) -> None:
