@@ -237,6 +237,9 @@ class Group:
             others = self._by_next_use(last, rest)
             members = [*others, self.name_of(last)]
             self._evict_named(members, [], lambda: self.budget.used <= limit_bytes)
+        elif limit_bytes == 0:
+            for session in self.sessions:
+                session.give_way(lambda: False)
 
     def _beside(self, session: Session) -> int:
         """Bytes that the other members hold."""

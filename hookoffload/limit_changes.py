@@ -36,7 +36,8 @@ class LimitChanges:
         self.plan_for(policy)
         limit = policy.limit_bytes
         session.budget.set_limit(limit or None)
-        if limit and session.budget.used > limit:
+        most = limit or session.plan.total_bytes
+        if limit is not None and session.budget.used > most:
             session.mover.apply(session.plan)  # give the memory back now
 
     def plan_for(self, policy: ResolvedPolicy) -> None:

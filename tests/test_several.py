@@ -354,6 +354,21 @@ def test_set_limit_takes_the_memory_of_all_and_not_of_the_last_alone() -> None:
         _run_all(models, want, "ab")
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_limit_of_0_gives_the_memory_back_at_once(together: bool) -> None:
+    models = _models(a=4, b=4) if together else _models(a=4)
+    want = _outputs(models)
+    attached: Any = models if together else models["a"]
+    with offloaded(attached, _policy(None, store="disk")):
+        _run_all(models, want, "".join(models))
+        session = session_of(models["a"])
+        assert session is not None
+        assert session.budget.total_used >= 4 * LAYER
+        set_limit(attached, 0)
+        assert session.budget.total_used <= session.plan.least_bytes
+        _run_all(models, want, "".join(models))
+
+
 def test_a_limit_that_one_model_cannot_run_in_changes_nothing() -> None:
     models: Models = {"small": linears(WIDTH, 2), "large": linears(2 * WIDTH, 2)}
     with offloaded(models, _policy(20)):
