@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -236,10 +237,14 @@ class Group:
             rest = [session for session in self.sessions if session is not last]
             others = self._by_next_use(last, rest)
             members = [*others, self.name_of(last)]
-            self._evict_named(members, [], lambda: self.budget.used <= limit_bytes)
+            self._evict(
+                [self.members[name] for name in members],
+                lambda: self.budget.used <= limit_bytes,
+                owned=True,
+            )
         elif limit_bytes == 0:
             for session in self.sessions:
-                session.give_way(lambda: False)
+                session.give_way(lambda: False, owned=True)
 
     def _beside(self, session: Session) -> int:
         """Bytes that the other members hold."""
@@ -285,6 +290,8 @@ class Group:
         sessions: Sequence[Session],
         enough: Callable[[], bool],
         only_windows: Sequence[Session] = (),
+        *,
+        owned: bool = False,
     ) -> bool:
         """Have members give way in this order until there is enough.
 
@@ -292,22 +299,23 @@ class Group:
             sessions: the members.
             enough: says whether to stop.
             only_windows: members that give nothing but their windows.
+            owned: this thread owns all of them by hand.
         """
         for session in (*sessions, *only_windows):
             if enough():
                 return True
             if session.budget.used:
-                session.give_way(None)
+                session.give_way(None, owned=owned)
         for session in sessions:
             if enough():
                 return True
             if session.budget.used:
-                session.give_way(enough)
+                session.give_way(enough, owned=owned)
         for session in sessions:
             if enough():
                 return True
             if session.budget.used:
-                with session.by_hand("making room"):
+                with nullcontext() if owned else session.by_hand("making room"):
                     session.offload()
         return enough()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import TypeVar
@@ -538,13 +538,17 @@ class Session(NotCopied):
         if self.group is not None:
             self.group.make_room(self, nbytes)
 
-    def give_way(self, enough: Callable[[], bool] | None) -> None:
+    def give_way(
+        self, enough: Callable[[], bool] | None, *, owned: bool = False
+    ) -> None:
         """Give memory of the compute device back, while other models need it.
 
         Args:
             enough: says when to stop with residents; None: the window alone.
+            owned: this thread owns the model by hand already.
         """
-        with self.by_hand("making room"), torch.inference_mode(False):
+        owning = nullcontext() if owned else self.by_hand("making room")
+        with owning, torch.inference_mode(False):
             try:
                 self.mover.free_window()
                 if enough is not None:

@@ -354,6 +354,20 @@ def test_set_limit_takes_the_memory_of_all_and_not_of_the_last_alone() -> None:
         _run_all(models, want, "ab")
 
 
+@pytest.mark.parametrize("layers", [0, 3, 5])
+def test_models_that_gave_memory_back_let_every_thread_in(layers: int) -> None:
+    models = _models(a=4, b=4)
+    want = _outputs(models)
+    with offloaded(models, _policy(None)):
+        _run_all(models, want, "ab")
+        set_limit(models, layers * LAYER / GIB)
+        before = offload_stats(models).forwards
+        _run_all(models, want, "ab")
+        in_thread(lambda: _run_all(models, want, "ba"))
+        _run_all(models, want, "ab")
+        assert offload_stats(models).forwards == before + 6
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_a_limit_of_0_gives_the_memory_back_at_once(together: bool) -> None:
     models = _models(a=4, b=4) if together else _models(a=4)
