@@ -243,6 +243,15 @@ class CallTracker:
             self._free.wait(timeout=1)
 
     def _owner_is_inside(self, owner: int) -> bool:
+        """Tell whether the owner is inside and did not leave levels behind.
+
+        It runs on while this thread looks at its frames, and a generator's that was the
+        innermost leads nowhere once it has yielded. So it counts as outside only where
+        it is not seen inside twice, one look right behind the other.
+        """
+        return self._is_seen_inside(owner) or self._is_seen_inside(owner)
+
+    def _is_seen_inside(self, owner: int) -> bool:
         if self.held:
             return any(f.f_code.co_filename.startswith(_OURS) for f in _frames(owner))
         called = calls_under_way(owner)

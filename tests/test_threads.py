@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -644,3 +645,36 @@ def test_threads_on_streams_of_their_own_get_their_own_results(count: int) -> No
 
     in_threads(work, count)
     detach(model)
+
+
+def test_an_owner_seen_in_a_generator_that_yields_meanwhile_is_inside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, go_on = nn.Identity(), threading.Event()
+    module.register_forward_pre_hook(lambda *_: go_on.wait(PATIENCE) and None)
+    tracker = CallTracker(frozenset([id(module)]))
+
+    def run_inside() -> None:
+        tracker.enter()
+        module(torch.zeros(1))
+        tracker.leave()
+
+    yielded = (number for number in range(2))
+    next(yielded)  # as it lies there now, no frame is behind its own
+    look, looks = sys._current_frames, []
+
+    def look_into_a_generator() -> dict[int, Any]:
+        looks.append(look())
+        frames = dict(looks[-1])
+        if len(looks) == 1:
+            frames[tracker.owner or 0] = yielded.gi_frame
+        return frames
+
+    worker = Worker(run_inside)
+    while not tracker.is_running():
+        time.sleep(0.001)
+    monkeypatch.setattr(sys, "_current_frames", look_into_a_generator)
+    assert tracker.is_running() and looks
+    go_on.set()
+    worker.result()
+    assert not tracker.is_running()
