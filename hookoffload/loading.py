@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +18,16 @@ from .code_cache import find_codes, keep_codes
 from .coding import can_code
 from .conversion_cache import ConversionCache
 from .converting import Converter, Locations, convert
+from .file_maps import OwnMaps
 from .master import Master
 from .model_building import build_empty
 from .packed import Parts, parts_of, with_parts
 from .policy import OffloadPolicy
 from .progress import progress_shown
 from .readers import Read, empty_in_ram, read_tensors
-from .safetensors_file import CheckpointFile, TensorLocation
+from .safetensors_file import CheckpointFile
 from .safetensors_header import CheckpointError
+from .saved_forms import SavedWeight, find_saved_weights
 from .state_hooks import session_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -68,7 +69,8 @@ def load_model(
             or diffusers, if `config` is None and the checkpoint is a folder with a
             config.json, is configured by that. A function may quantise what it makes;
             then the checkpoint has the parts of each weight, under the names that
-            its class has for them (``"up.weight.scale"``).
+            its class has for them (``"up.weight.scale"``). Plain linear layers whose
+            weights bitsandbytes saved become those of bitsandbytes.
         checkpoint: a file, several (a later one wins), a pattern such as
             ``"folder/*.safetensors"``, an index, or a folder with an index. Files that
             `torch.save` made (.bin, .pth, .pt, .ckpt) are converted first; those that
@@ -132,8 +134,10 @@ def load_model(
             locations = convert(locations, state_dict_converter, cache)
             _close_later(opened, locations)
         model = build_empty(model_class_or_factory, config, checkpoint)
-        slots = _slots(model)
-        _check_names_and_shapes(slots, locations, checkpoint)
+        saved = find_saved_weights(model, locations)
+        slots = _slots(model, {weight.name for weight in saved})
+        apart = locations.keys() - {name for weight in saved for name in weight.names}
+        _check_names_and_shapes(slots, {n: locations[n] for n in apart}, checkpoint)
         kept = find_codes(cache, locations) if cache_codes else None
         for code in (kept or {}).values():
             opened.callback(code.close)
@@ -142,7 +146,7 @@ def load_model(
                 name: replace(location, kept=kept.get(name))
                 for name, location in locations.items()
             }
-        stay = _assign(slots, locations, apart=stays)
+        stay = _assign(slots, saved, locations, apart=stays)
         _close_later(opened, stay)
         attach_one(model, policy, stay)
         session = session_of(model)
@@ -202,11 +206,15 @@ class _Slot:
     path: str = ""
 
 
-def _slots(model: nn.Module) -> list[_Slot]:
+def _slots(model: nn.Module, made: Container[str]) -> list[_Slot]:
     """List what a checkpoint has to fill: parameters and persistent buffers.
 
     Tied parameters are one slot. Accelerate wraps a parameter that is assigned a
     second time in a new object over the same storage, so the storage tells.
+
+    Args:
+        model: the model without values.
+        made: names of parameters that are made anew, see [Note: saved forms].
     """
     slots: dict[object, _Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -215,6 +223,8 @@ def _slots(model: nn.Module) -> list[_Slot]:
         for registry in (module._parameters, module._buffers):
             for key, tensor in registry.items():
                 if tensor is None or (registry is module._buffers and key in volatile):
+                    continue
+                if dot + key in made:
                     continue
                 parts = parts_of(tensor, module) or Parts((tensor,))
                 for part, path in zip(parts.tensors, parts.paths, strict=True):
@@ -270,7 +280,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _assign(slots: list[_Slot], locations: Locations, *, apart: bool) -> Locations:
+def _assign(
+    slots: list[_Slot], saved: list[SavedWeight], locations: Locations, *, apart: bool
+) -> Locations:
     """Register tensors with values in place of those without.
 
     Buffers are read. Parameters are maps of their files, from which the store reads
@@ -278,6 +290,7 @@ def _assign(slots: list[_Slot], locations: Locations, *, apart: bool) -> Locatio
 
     Args:
         slots: the model's tensors.
+        saved: those that have a form of their own in the checkpoint.
         locations: the checkpoint's.
         apart: whether the maps stay, so that no two of them may share bytes.
 
@@ -286,7 +299,7 @@ def _assign(slots: list[_Slot], locations: Locations, *, apart: bool) -> Locatio
     """
     stay: Locations = {}
     reads: list[Read] = []
-    maps = _Maps()
+    maps = OwnMaps()
     packed: dict[int, _Packed] = {}
     for slot in slots:
         location = next(locations[n] for n in slot.names if n in locations)
@@ -311,6 +324,11 @@ def _assign(slots: list[_Slot], locations: Locations, *, apart: bool) -> Locatio
                 registry[key] = tensor
     for about in packed.values():
         about.register()
+    for weight in saved:
+        if apart:
+            weight.parts = {p: maps.own(at) for p, at in weight.parts.items()}
+        weight.register(lambda location: location.file.mapped(location))
+        stay |= {weight.name + path: at for path, at in weight.parts.items()}
     read_tensors(reads)
     return stay
 
@@ -330,30 +348,3 @@ class _Packed:
             made = nn.Parameter(made, requires_grad=self.tensor.requires_grad)
         for registry, key in self.places:
             registry[key] = made
-
-
-class _Maps:
-    """Gives each tensor bytes of its own, where a converter gave the same to several.
-
-    What is written to a map is seen through every map of the same open file; another
-    tensor with the same bytes lies in a map of the file opened again.
-    """
-
-    def __init__(self) -> None:
-        self._taken: dict[object, list[TensorLocation]] = defaultdict(list)
-        self._again: dict[tuple[CheckpointFile, int], CheckpointFile] = {}
-
-    def own(self, location: TensorLocation) -> TensorLocation:
-        turn, file = 0, location.file
-        while any(
-            other.offset < location.offset + location.nbytes
-            and location.offset < other.offset + other.nbytes
-            for other in self._taken[file, location.name, turn]
-        ):
-            turn += 1
-        self._taken[file, location.name, turn].append(location)
-        if turn == 0:
-            return location
-        if (file, turn) not in self._again:
-            self._again[file, turn] = file.opened_again()
-        return replace(location, file=self._again[file, turn])

@@ -53,7 +53,7 @@ class Parts(NamedTuple):
 
     Attributes:
         tensors: plain tensors, the tensor itself if it is one; the bulk comes first.
-        paths: where each is found in a wrapper (".scale"); "" if it has no name.
+        paths: where each is found in the tensor (".scale"); "" is the tensor itself.
         wrappers: what says a device that must follow theirs, inner ones first.
     """
 
@@ -137,15 +137,22 @@ def parts_of(tensor: torch.Tensor, owner: nn.Module | None = None) -> Parts | No
     kinds = _class_names(tensor) & _BESIDE.keys()
     if not kinds:
         return Parts((tensor,)) if is_movable(tensor) else None
-    found = [tensor]
+    found = [("", tensor)]
     for name in (name for kind in kinds for name in _BESIDE[kind]):
-        found += _tensors_in(getattr(tensor, name, None))
+        found += _tensors_in(getattr(tensor, name, None), f".{name}")
     if _LINEAR_8BIT in _class_names(owner) and tensor.dtype is torch.int8:
         # Its first forward moves them there.
         state: Any = getattr(owner, "state", None)
-        found += (t for t in (state.CB, state.SCB) if t is not None)
-    tensors = tuple({id(t): t for t in found}.values())
-    return Parts(tensors, ("",) * len(tensors))
+        for name in ("CB", "SCB"):
+            found += _tensors_in(getattr(state, name), f".{name}")
+    tensors = {id(part): (path, part) for path, part in reversed(found)}
+    paths, parts = zip(*reversed(tensors.values()), strict=True)
+    return Parts(parts, paths)
+
+
+def is_packed_by_bitsandbytes(tensor: torch.Tensor) -> bool:
+    """Tell whether a parameter is of a class of bitsandbytes."""
+    return any(name.startswith("bitsandbytes.") for name in _class_names(tensor))
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
@@ -195,13 +202,13 @@ def gives_other_data(owner: nn.Module) -> bool:
     return not {_LINEAR_8BIT, _LINEAR_4BIT}.isdisjoint(_class_names(owner))
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield a tensor, or those in an object's attributes and in theirs."""
+def _tensors_in(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a tensor, or those in an object's attributes and in theirs, with paths."""
     if isinstance(value, torch.Tensor):
-        yield value
+        yield path, value
     else:
-        for part in getattr(value, "__dict__", {}).values():
-            yield from _tensors_in(part)
+        for name, part in getattr(value, "__dict__", {}).items():
+            yield from _tensors_in(part, f"{path}.{name}")
 
 
 def _class_names(value: object) -> frozenset[str]:

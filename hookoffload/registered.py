@@ -103,6 +103,8 @@ def group_tensors(
             new.castable = tensor is registered and is_castable(tensor)
             new.stays = not gives_other_data(module)
             new.multiplies = key == "weight" and isinstance(module, nn.Linear)
+            # A number of bitsandbytes: no layer copies it, no file is made for it.
+            new.is_buffer |= bool(path) and not parts.wrappers and tensor.ndim == 0
             _add(found, new)
     tensors = list(found.values())
     return tensors, _overlapping(tensors)
