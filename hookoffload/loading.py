@@ -27,7 +27,8 @@ from .progress import progress_shown
 from .readers import Read, empty_in_ram, read_tensors
 from .safetensors_file import CheckpointFile
 from .safetensors_header import CheckpointError
-from .saved_forms import SavedWeight, find_saved_weights
+from .saved_forms import find_saved_weights
+from .saved_weight import SavedWeight
 from .state_hooks import session_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -69,8 +70,8 @@ def load_model(
             or diffusers, if `config` is None and the checkpoint is a folder with a
             config.json, is configured by that. A function may quantise what it makes;
             then the checkpoint has the parts of each weight, under the names that
-            its class has for them (``"up.weight.scale"``). Plain linear layers whose
-            weights bitsandbytes saved become those of bitsandbytes.
+            its class has for them (``"up.weight.scale"``). It need not for what
+            bitsandbytes and torchao saved: plain linear layers become theirs.
         checkpoint: a file, several (a later one wins), a pattern such as
             ``"folder/*.safetensors"``, an index, or a folder with an index. Files that
             `torch.save` made (.bin, .pth, .pt, .ckpt) are converted first; those that
@@ -327,7 +328,7 @@ def _assign(
     for weight in saved:
         if apart:
             weight.parts = {p: maps.own(at) for p, at in weight.parts.items()}
-        weight.register(lambda location: location.file.mapped(location))
+        weight.register()
         stay |= {weight.name + path: at for path, at in weight.parts.items()}
     read_tensors(reads)
     return stay

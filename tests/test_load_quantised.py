@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from hookoffload import (
     save_model,
 )
 from hookoffload.safetensors_header import CheckpointError
-from tests.quantised_models import Coded, coded, parts, quanto, rows, torchao
+from tests.quantised_models import (
+    WIDTH,
+    Coded,
+    coded,
+    linears,
+    parts,
+    quanto,
+    rows,
+    torchao,
+)
 from tests.samples import run, same_bits
 
 STORES: dict[str, dict[str, Any]] = {
@@ -82,21 +92,102 @@ def test_what_optimum_quanto_saves_is_loaded_as_it_is(
     assert same_bits(run(model, x), run(source, x))
 
 
-def test_what_torchao_saves_is_loaded_with_its_names_converted(tmp_path: Path) -> None:
-    source, x = torchao("Int8WeightOnlyConfig"), rows()
+TORCHAO: dict[str, Callable[[], nn.Module]] = {
+    "int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "int4": lambda: torchao("IntxWeightOnlyConfig", torch.int4),
+    "fp8": lambda: torchao("Float8WeightOnlyConfig"),
+}
+
+
+def _saved_by_torchao(
+    source: nn.Module, folder: Path, prefix: str = ""
+) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]]:
     support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
-    state, _ = support.flatten_tensor_state_dict(source.state_dict())
-    save_file(state, tmp_path / "model.safetensors")
+    named = {prefix + name: value for name, value in source.state_dict().items()}
+    state, metadata = support.flatten_tensor_state_dict(named)
+    path = folder / "model.safetensors"
+    save_file(state, path, metadata)
+    return path, state, metadata
+
+
+@pytest.mark.parametrize("kind", TORCHAO)
+@pytest.mark.parametrize("factory", ["plain", "quantised"])
+@pytest.mark.parametrize("store", ["disk", "ram"])
+def test_what_torchao_saves_is_read_where_it_lies(
+    tmp_path: Path, kind: str, factory: str, store: str
+) -> None:
+    source, x = TORCHAO[kind](), rows()
+    want = run(source, x)
+    path, state, _ = _saved_by_torchao(source, tmp_path)
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    policy = _policy(**STORES[store], disk_dir=spill if store == "disk" else None)
+    make = linears if factory == "plain" else TORCHAO[kind]
+    model = load_model(make, path, policy)
+    for _ in range(3):
+        assert same_bits(run(model, x), want)
+    assert type(model[0].weight) is type(source[0].weight)
+    assert not model[0].weight.requires_grad
+    if store == "disk":
+        assert offload_stats(model).disk_bytes == sum(t.nbytes for t in state.values())
+        assert not list(spill.iterdir())
+    detach(model)
+    assert same_bits(run(model, x), want)
+
+
+def test_names_of_torchao_may_be_converted(tmp_path: Path) -> None:
+    source, x = TORCHAO["int8"](), rows()
+    policy = _policy(store="disk", limit_gb=0)
+    path, *_ = _saved_by_torchao(source, tmp_path, "model.")
     model = load_model(
-        lambda: torchao("Int8WeightOnlyConfig"),
-        tmp_path / "model.safetensors",
-        _policy(store="disk", limit_gb=0),
+        linears,
+        path,
+        policy,
         state_dict_converter=lambda state: {
-            name.replace("._weight_", ".weight."): value
-            for name, value in state.items()
+            name.removeprefix("model."): value for name, value in state.items()
         },
     )
     assert same_bits(run(model, x), run(source, x))
+    other = load_model(
+        TORCHAO["int8"],
+        path,
+        policy,
+        state_dict_converter=lambda state: {
+            name[6:].replace("._weight_", ".weight."): value
+            for name, value in state.items()
+        },
+    )
+    assert same_bits(run(other, x), run(source, x))
+
+
+def test_what_torchao_saved_for_another_model_is_refused(tmp_path: Path) -> None:
+    source = TORCHAO["int8"]()
+    path, state, metadata = _saved_by_torchao(source, tmp_path)
+    refused: list[tuple[str, Callable[[], nn.Module]]] = [
+        (r"4\.weight is a Int8Tensor of shape \(256, 512\).*\(256, 99\)", _narrow),
+        (r"does not have: 2\._weight_qdata", lambda: linears()[:2]),
+    ]
+    for match, make in refused:
+        with pytest.raises(CheckpointError, match=match):
+            load_model(make, path, _policy())
+    del state["2._weight_scale"]
+    save_file(state, path, metadata)
+    with pytest.raises(CheckpointError, match=r"2\.weight: torchao needs more"):
+        load_model(linears, path, _policy())
+    damaged = metadata["0.weight"].replace("Int8Tensor", "Int9Tensor")
+    save_file(state, path, {**metadata, "0.weight": damaged})
+    with pytest.raises(CheckpointError, match=r"0\.weight: torchao cannot make"):
+        load_model(linears, path, _policy())
+    for text in ('{"_tensor_data_names"', '{"_tensor_data_names": 7}'):
+        save_file(state, path, {"0.weight": text})
+        with pytest.raises(CheckpointError, match=r"missing: 0\.weight"):
+            load_model(linears, path, _policy())
+
+
+def _narrow() -> nn.Module:
+    model = linears()
+    model[4] = nn.Linear(99, WIDTH)
+    return model
 
 
 @pytest.mark.parametrize("store", STORES.values(), ids=STORES)
