@@ -7,7 +7,8 @@ storage. Views need no note of their own then: they are other places in the same
 storage. What comes back is one of
 
 * a contiguous place in a storage of the checkpoint that nothing wrote to: a tensor
-  renamed, or a part of one. It is read from the file where it lies;
+  renamed, or a part of one, or a copy of such a place that nothing wrote to either
+  (``torch.cat([part])``). It is read from the file where it lies;
 * anything else: computed. Storages that an operation connects form a *group*; groups
   are computed one after the other, so that the memory this takes is that of the
   largest group and not that of the model. A storage of the checkpoint connects nothing
@@ -30,6 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
+
+# Operators that give a copy, if they are given one tensor.
+_COPIES = frozenset({torch.ops.aten.cat.default, torch.ops.aten.clone.default})
 
 # What gives a tensor's memory to code that PyTorch does not see.
 _EXPORTS = frozenset(
@@ -73,6 +77,11 @@ class Place:
             tensor.stride(),
             int(tensor.storage_offset()),
         )
+
+    @property
+    def start(self) -> int:
+        """The first byte, counted from the start of the storage."""
+        return self.offset * self.dtype.itemsize
 
     def over(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """Return the tensor that takes this place in another storage."""
@@ -143,6 +152,8 @@ class Trace(TorchDispatchMode):
         # An address is that of one storage as long as no noted one is freed.
         self._alive: list[torch.Tensor] = list(stand_ins.values())
         self._known = set(self.sources)
+        # What was copied as it is, by the storage of the copy.
+        self._copied: dict[int, Place] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -184,6 +195,9 @@ class Trace(TorchDispatchMode):
             )
             self.written |= writes
             self._known |= {place.storage for _, place in makes}
+        one = func in _COPIES and len(inputs) == len(makes) == 1
+        if one and inputs[0].is_contiguous() and result.is_contiguous():
+            self._copied[makes[0][1].storage] = Place.of(inputs[0])
         return result
 
     def _note(self, tensor: torch.Tensor) -> object:
@@ -191,12 +205,22 @@ class Trace(TorchDispatchMode):
             return Place.of(tensor)
         return tensor.detach().clone()  # its value now; it may change later
 
-    def source_of(self, tensor: torch.Tensor) -> str | None:
-        """Return the name whose bytes a returned tensor is, whole or a part of them."""
+    def source_of(self, tensor: torch.Tensor) -> tuple[str, int] | None:
+        """Return the name whose bytes a returned tensor is, and the first of them."""
         if not tensor.is_meta or not is_plain(tensor) or not tensor.is_contiguous():
             return None
-        storage = _storage_of(tensor)
-        return None if storage in self.written else self.sources.get(storage)
+        place = Place.of(tensor)
+        start = place.start
+        while place.storage not in self.written:
+            name = self.sources.get(place.storage)
+            if name is not None:
+                return name, start
+            copied = self._copied.get(place.storage)
+            if copied is None:
+                return None
+            place = copied
+            start += place.start
+        return None
 
     def is_known(self, tensor: torch.Tensor) -> bool:
         """Tell whether a returned tensor can be computed from what was noted."""

@@ -97,7 +97,7 @@ class _Traced:
         self._trace = trace
         self._sources = {name: trace.source_of(t) for name, t in result.items()}
         self.kept = {
-            name: _part(locations[source], result[name])
+            name: _part(locations[source[0]], result[name], source[1])
             for name, source in self._sources.items()
             if source is not None
         }
@@ -106,7 +106,9 @@ class _Traced:
     def write(self, writer: EntryWriter) -> None:
         """Compute what is to be computed, group by group, and write it."""
         for name, location in self.kept.items():
-            source = str(self._sources[name])
+            found = self._sources[name]
+            assert found is not None, "or it would not be kept"
+            source = found[0]
             writer.keep(name, source, location, self._locations[source].offset)
         made_now = {n: t for n, t in self.computed.items() if not t.is_meta}
         places = {n: Place.of(t) for n, t in self.computed.items() if t.is_meta}
@@ -148,7 +150,7 @@ class _Untraced:
         again: dict[CheckpointFile, CheckpointFile] = {}
         try:
             for file in files:
-                again[file] = CheckpointFile(file.path)
+                again[file] = type(file)(file.path)
             tensors = {
                 name: again[at.file].mapped(replace(at, file=again[at.file]))
                 for name, at in self._locations.items()
@@ -171,15 +173,16 @@ class _Untraced:
                 computed[name] = tensor
             else:
                 location = self._locations[source]
-                writer.keep(name, source, _part(location, tensor), location.offset)
+                start = Place.of(tensor).start
+                part = _part(location, tensor, start)
+                writer.keep(name, source, part, location.offset)
         with progress_bar("writing converted weights", _nbytes(computed)) as bar:
             writer.progress = bar.update
             add_once(writer, computed)
             writer.flush()
 
 
-def _part(location: TensorLocation, tensor: torch.Tensor) -> TensorLocation:
-    start = int(tensor.storage_offset()) * tensor.itemsize
+def _part(location: TensorLocation, tensor: torch.Tensor, start: int) -> TensorLocation:
     return part_of(location, tensor.dtype, tuple(tensor.shape), start)
 
 

@@ -63,13 +63,18 @@ class OpenedFile:
                     f"{self.path}: is {'a folder' if folder else 'a device or pipe'}, "
                     "not a file. Pass the path of a .safetensors file."
                 )
-            self.extents, self.metadata = read_header(self.path, self._fd, self.nbytes)
-            _confirm_with_safetensors(self)
+            self.extents, self.metadata = self._read_header()
             # The second reader opened the path again: it must be the same file.
             self.check_unchanged()
         except BaseException:
             self.close()
             raise
+
+    def _read_header(self) -> tuple[dict[str, TensorExtent], dict[str, str]]:
+        """Returns which bytes each tensor is, and the text beside them."""
+        extents, metadata = read_header(self.path, self._fd, self.nbytes)
+        _confirm_with_safetensors(self.path, extents, metadata)
+        return extents, metadata
 
     def __repr__(self) -> str:
         """Names the file without listing its tensors."""
@@ -177,18 +182,18 @@ def names_in(folder: Path) -> list[str]:
         ) from error
 
 
-def _confirm_with_safetensors(file: OpenedFile) -> None:
+def _confirm_with_safetensors(
+    path: Path, extents: dict[str, TensorExtent], metadata: dict[str, str]
+) -> None:
     """Lets the format's own reader judge the file, so that both always agree."""
     try:
         # Not "pt": it maps the file writable, refused for files larger than RAM.
-        with safe_open(str(file.path), framework="numpy") as reader:
+        with safe_open(str(path), framework="numpy") as reader:
             names = set(reader.keys())
-            metadata = dict(reader.metadata() or {})
+            known = dict(reader.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file.path}: safetensors refuses the file: {error}. {DAMAGED}"
+            f"{path}: safetensors refuses the file: {error}. {DAMAGED}"
         ) from error
-    if names != set(file.extents) or metadata != file.metadata:
-        raise CheckpointError(
-            f"{file.path}: the header can be read in two ways. {DAMAGED}"
-        )
+    if names != set(extents) or known != metadata:
+        raise CheckpointError(f"{path}: the header can be read in two ways. {DAMAGED}")

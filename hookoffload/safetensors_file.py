@@ -109,7 +109,7 @@ class CheckpointFile(OpenedFile):
         Raises:
             CheckpointError: It cannot be opened, or is another one by now.
         """
-        again = CheckpointFile(self.path)
+        again = type(self)(self.path)
         try:
             self.check_unchanged()
         except BaseException:
@@ -280,7 +280,7 @@ class CheckpointFile(OpenedFile):
         file = self
         try:
             if self._fd < 0:
-                file = CheckpointFile(self.path, writable_shared=self.writable_shared)
+                file = type(self)(self.path, writable_shared=self.writable_shared)
             self.check_unchanged()
         except CheckpointError:
             return None

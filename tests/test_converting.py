@@ -129,6 +129,42 @@ def test_contiguous_parts_are_read_where_they_lie(
     assert not cache.exists()
 
 
+def _copied(state: Tensors) -> Tensors:
+    first, rest = state["qkv"].split([4, 8])
+    copied = torch.cat([rest])
+    return {"q": torch.cat([first]), "k": copied[:4], "v": copied[4:].clone()}
+
+
+@pytest.mark.parametrize("store", ["cpu", "disk"])
+def test_copies_of_contiguous_parts_are_read_where_they_lie(
+    path: Path, cache: Path, store: str
+) -> None:
+    found = _load(path, _copied, cache, store, q=(4, 4), k=(4, 4), v=(4, 4))
+    for name, value in _copied(load_file(path)).items():
+        assert_same(found[name], value)
+    assert not _entries(cache)
+
+
+def _copied_and_changed(state: Tensors) -> Tensors:
+    late = torch.cat([state["a"]])
+    state["a"] += 1
+    changed = torch.cat([state["b"]])
+    changed += 1
+    turned = torch.cat([state["qkv"].t()])
+    twice = torch.cat([state["b"], state["b"]])
+    return {"late": late, "changed": changed, "turned": turned, "twice": twice}
+
+
+def test_copies_of_what_is_changed_or_turned_are_computed(
+    path: Path, cache: Path
+) -> None:
+    shapes = {"late": (4, 6), "changed": (4, 6), "turned": (4, 12), "twice": (8, 6)}
+    found = _load(path, _copied_and_changed, cache, **shapes)
+    for name, value in _copied_and_changed(load_file(path)).items():
+        assert_same(found[name], value)
+    assert _tensors_in(cache) == 4
+
+
 @pytest.mark.parametrize("store", ["cpu", "disk"])
 def test_parts_that_overlap_are_independent(
     path: Path, cache: Path, store: str
