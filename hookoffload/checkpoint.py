@@ -13,6 +13,7 @@ from pathlib import Path
 from .binary_checkpoint import open_binary
 from .checkpoint_index import CheckpointPaths, find_tensors
 from .conversion_cache import ConversionCache
+from .gguf_file import GGUF_SUFFIX, GgufFile
 from .opened_file import PICKLED
 from .safetensors_file import CheckpointFile, TensorLocation
 
@@ -27,7 +28,7 @@ def open_checkpoint(
             several have; a pattern such as `folder/*.safetensors`, which stands for
             the sorted list of the files that it fits; an index
             (`*.safetensors.index.json`); or a folder with an index or with exactly one
-            safetensors file, or else with binary ones.
+            safetensors file, or else with binary ones. A file may be a GGUF file.
         cache: Where binary files are converted to; None refuses them.
 
     Returns:
@@ -57,7 +58,8 @@ def open_checkpoint(
                 tensors = open_binary(path, cache)
                 found_in = {location.file for location in tensors.values()}
             else:
-                file = CheckpointFile(path)
+                is_gguf = path.suffix.lower() == GGUF_SUFFIX
+                file = (GgufFile if is_gguf else CheckpointFile)(path)
                 tensors, found_in = file.tensors, {file}
             for file in found_in:
                 opened.callback(file.close)

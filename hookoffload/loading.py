@@ -73,7 +73,8 @@ def load_model(
             its class has for them (``"up.weight.scale"``). It need not for what
             bitsandbytes and torchao saved: plain linear layers become theirs.
         checkpoint: a file, several (a later one wins), a pattern such as
-            ``"folder/*.safetensors"``, an index, or a folder with an index. Files that
+            ``"folder/*.safetensors"``, an index, or a folder with an index. GGUF files
+            take the extra ``gguf``; their packed weights stay so. Files that
             `torch.save` made (.bin, .pth, .pt, .ckpt) are converted first; those that
             would run code are refused.
         policy: as for `attach_offload_hooks`.
@@ -135,7 +136,7 @@ def load_model(
             locations = convert(locations, state_dict_converter, cache)
             _close_later(opened, locations)
         model = build_empty(model_class_or_factory, config, checkpoint)
-        saved = find_saved_weights(model, locations)
+        saved = find_saved_weights(model, locations, resolved.compute_dtype)
         slots = _slots(model, {weight.name for weight in saved})
         apart = locations.keys() - {name for weight in saved for name in weight.names}
         _check_names_and_shapes(slots, {n: locations[n] for n in apart}, checkpoint)
