@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fp8 import wide_dtype
 from .gguf_file import GgufFile
 from .safetensors_file import TensorLocation
 from .safetensors_header import CheckpointError
@@ -123,12 +124,13 @@ def _layer(linear: nn.Linear, compute_dtype: torch.dtype | None) -> nn.Module:
     if isinstance(linear, kind):
         made: nn.Module = linear
     else:
+        own = linear.weight.dtype
         with torch.device("meta"):  # it keeps a device that it is given
             made = kind(
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
-                compute_dtype=compute_dtype or linear.weight.dtype,
+                compute_dtype=wide_dtype(own, compute_dtype) or own,
             )
         made.register_parameter("bias", linear.bias)
     return made.requires_grad_(False).train(linear.training)

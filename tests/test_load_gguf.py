@@ -91,7 +91,10 @@ def test_layers_compute_in_the_dtype_of_the_model_unless_the_policy_says_another
     assert model[0].compute_dtype is torch.bfloat16
     detach(model)
     policy = _policy(tmp_path, compute_dtype=torch.float16)
-    assert load_model(linears, path, policy)[0].compute_dtype is torch.float16
+    model = load_model(linears, path, policy)
+    assert detach(model)[0].compute_dtype is torch.float16
+    policy = _policy(tmp_path, compute_dtype=torch.float8_e4m3fn)  # of plain weights
+    assert load_model(linears, path, policy)[0].compute_dtype is torch.bfloat16
 
 
 def test_what_is_not_packed_has_its_dtype_and_values(tmp_path: Path) -> None:
