@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from .assembly import Assembly
-from .budget import BudgetExceededError, MemoryBudget, format_gib
+from .budget import MemoryBudget, format_gib
 from .coded_residents import fastest
 from .containers import tensors_in
 from .cost import Rates
 from .device_memory import DeviceMemory
-from .layer_specs import spec_of
 from .plan import Plan
-from .planner import make_plan
+from .plan_maker import PlanMaker
 from .resolved_policy import ResolvedPolicy
 
 logger = logging.getLogger(__name__)
@@ -68,31 +65,23 @@ class PassPlanner:
     def __init__(
         self, policy: ResolvedPolicy, budget: MemoryBudget, memory: DeviceMemory
     ) -> None:
-        self._policy = policy
+        self._maker = PlanMaker(policy)
         self._budget = budget
         self._memory = memory
-        self._assembly: Assembly | None = None
-        self.weight_bytes = 0  # of all its layers
-        self._looked_up: frozenset[int] = frozenset()
-        self._order: tuple[int, ...] = ()
         self._activations: int | None = None  # measured, bytes
         self._entries: dict[str, _Measured] = {}  # by the module that was called
         self._entry = ""  # of the pass that runs now
         self._grown = 0  # what others hold more than in the pass that measured
         self._with_room = 0  # passes that did not need all that was left to them
         self._size = 0  # of its inputs, in elements
-        self._taken = 0  # bytes of the limit that other models keep
         self._reduced: tuple[int, Plan, Plan] | None = None  # see `beside`
         self._streaming: tuple[Plan, Plan] | None = None  # see `streaming_plan`
-        self._adapter_bytes = 0
         self._measuring: Plan | None = None  # what the pass under way measures with
         self._held_before = 0  # by others, when the pass that measures began
         self._old_peak = False  # there is one beyond the limit from before the pass
         self._earlier = (0, 0)  # of the pass under way, see `pause`
         self._checked: Plan | None = None  # the allocator's share of it was looked at
         self._warned = False
-        self._ceiling: int | None = None  # what was found to fit, below the limit
-        self._code_share = 1.0  # of what can be; see `weigh_codes`
         self.weighed = False
         self.peak_bytes = 0
         self.plan: Plan
@@ -110,18 +99,19 @@ class PassPlanner:
         Raises:
             BudgetExceededError: The limit is below the least; the old plan stands.
         """
-        before = (self._assembly, self._order, self._looked_up)
-        self._assembly, self._order, self._looked_up = assembly, order, looked_up
-        try:
-            self.plan = self.make(self._activations or 0)
-        except BudgetExceededError:
-            self._assembly, self._order, self._looked_up = before
-            raise
-        self.weight_bytes = sum(layer.resident_bytes for layer in assembly.layers)
+        maker = self._maker
+        self._follow(
+            replace(maker, assembly=assembly, order=order, looked_up=looked_up)
+        )
+
+    def _follow(self, maker: PlanMaker) -> None:
+        """Plan as another maker does, unless it raises."""
+        self.plan = maker.make(self._activations or 0)
+        self._maker = maker
 
     def forget(self) -> None:
         """Drop what refers to layers, behind detach."""
-        self._assembly = None
+        self._maker = replace(self._maker, assembly=None)
 
     def for_pass(self, input_elements: int, *, probing: bool, entry: str = "") -> Plan:
         """Return the plan for a pass that begins now.
@@ -132,20 +122,20 @@ class PassPlanner:
             entry: the module that is called by itself; empty for the root. How large
                 inputs were, and what a pass needed, says nothing of other modules.
         """
-        limit = self._limit
+        limit = self._maker.limit()
         self._earlier, self._measuring = (0, 0), None
         if limit and not self._memory.measures_peak and probing:
-            return self._measuring_plan(limit)
+            return self._measuring_plan()
         if not limit or not self._memory.measures_peak:
             return self.plan
         self._entry, self._size = entry, input_elements
         known = self._entries.get(entry)
         if known is None or input_elements > known.size:
             self._grown = 0
-            self._measuring = self._measuring_plan(limit)
+            self._measuring = self._measuring_plan()
             return self._measuring
         # It was reached before: under another limit, or by other code.
-        most = self._policy.limit_bytes or limit
+        most = self._maker.policy.limit_bytes or limit
         self._old_peak = (self._memory.peak_bytes() or 0) > most
         self._leave_room_beside(known)
         self._take_room_back(known, limit)
@@ -175,7 +165,7 @@ class PassPlanner:
     @property
     def most_bytes(self) -> int | None:
         """What the allocator may hold; None if nobody counts it, or nobody minds."""
-        return (self._limit or None) if self._memory.measures_peak else None
+        return (self._maker.limit() or None) if self._memory.measures_peak else None
 
     def applied(self, *, complete: bool = True) -> Plan | None:
         """Look at memory, now that it is what `for_pass` wanted it to be.
@@ -196,7 +186,7 @@ class PassPlanner:
         known = self._entries.get(self._entry)
         before = self.plan
         if not complete:
-            self.plan = self.make(before.activation_bytes + _ROOM_BYTES)
+            self.plan = self._maker.make(before.activation_bytes + _ROOM_BYTES)
         elif known is None or self._checked is before:
             return None
         self._checked = before
@@ -211,7 +201,7 @@ class PassPlanner:
             # What the pass itself came to hold it will take again.
             self._grown = min(held - known.before, 0)
         if known.activations + self._grown > self.plan.activation_bytes:
-            self.plan = self.make(self._wanted(known))
+            self.plan = self._maker.make(self._wanted(known))
             self._with_room = 0
 
     def _wanted(self, known: _Measured) -> int:
@@ -225,19 +215,20 @@ class PassPlanner:
             return
         self._with_room += 1
         if self._with_room == _PASSES_WITH_ROOM:
-            self.plan = self.make(wanted)
+            self.plan = self._maker.make(wanted)
             self._with_room = 0
 
-    def _measuring_plan(self, limit: int) -> Plan:
+    def _measuring_plan(self, taken: int = 0) -> Plan:
         # Unknown activations get three quarters of what is neither taken by others nor
         # needed at least; all of it where a larger window would gain next to nothing.
         held, counted = 0, self._memory.measures_peak
         if counted:
             held = self._held_by_others()
+        limit = self._maker.limit(taken) or 0
         spare = max(limit - self.plan.least_bytes - held, 0)
         if not counted or spare > _GUESSED_BYTES:
             spare = spare * 3 // 4
-        return self.make(held + spare, keep_residents=False)
+        return self._maker.make(held + spare, keep_residents=False, taken=taken)
 
     def beside(self, nbytes: int, plan: Plan) -> Plan:
         """Cut a plan down to what other models leave.
@@ -252,18 +243,15 @@ class PassPlanner:
         known = self._reduced
         if known is not None and known[0] == nbytes and known[1] is plan:
             return known[2]
-        self._taken = nbytes
+        taken = nbytes
         if self._memory.measures_peak:
             # Blocks of the window, too, take more than their bytes.
-            spare = (self._limit or 0) - self.plan.least_bytes
-            self._taken += min(max(spare, 0), _ROOM_BYTES)
-        try:
-            if plan is self.plan:
-                reduced = self.make(plan.activation_bytes)
-            else:
-                reduced = self._measuring_plan(self._limit or 0)
-        finally:
-            self._taken = 0
+            spare = (self._maker.limit(nbytes) or 0) - self.plan.least_bytes
+            taken += min(max(spare, 0), _ROOM_BYTES)
+        if plan is self.plan:
+            reduced = self._maker.make(plan.activation_bytes, taken=taken)
+        else:
+            reduced = self._measuring_plan(taken)
         self._reduced = (nbytes, plan, reduced)
         return reduced
 
@@ -284,7 +272,7 @@ class PassPlanner:
     def streaming_plan(self) -> Plan:
         """A plan that keeps nothing and streams at full speed."""
         if self._streaming is None or self._streaming[0] is not self.plan:
-            plan = self.make(self.plan.activation_bytes, keep_residents=False)
+            plan = self._maker.make(self.plan.activation_bytes, keep_residents=False)
             self._streaming = (self.plan, plan)
         return self._streaming[1]
 
@@ -299,7 +287,7 @@ class PassPlanner:
 
     def room(self, limit_bytes: int | None) -> int | None:
         """Return what a limit leaves for weights; None where all of them fit."""
-        if limit_bytes is None or self._assembly is None:
+        if limit_bytes is None or self._maker.assembly is None:
             return None
         room = max(limit_bytes - self.fixed_bytes - (self._activations or 0), 0)
         return None if self.weight_bytes <= room else room
@@ -307,7 +295,12 @@ class PassPlanner:
     @property
     def fixed_bytes(self) -> int:
         """Bytes that are on the device whatever is planned."""
-        return 0 if self._assembly is None else self._always_bytes(self._assembly)
+        return self._maker.always_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all layers, as residents."""
+        return self._maker.weight_bytes
 
     def after_pass(self, *, complete: bool, output: object = None) -> None:
         """Look at what the pass that has ended took.
@@ -322,7 +315,7 @@ class PassPlanner:
         peak, beside = self._taken_so_far(peak)
         self.peak_bytes = max(self.peak_bytes, peak)
         measuring, self._measuring = self._measuring, None
-        limit = self._policy.limit_bytes
+        limit = self._maker.policy.limit_bytes
         if not limit:
             return
         if measuring and complete:
@@ -333,7 +326,7 @@ class PassPlanner:
             self._entries[self._entry] = measured
             most = max(known.activations for known in self._entries.values())
             self._activations = most
-            self.plan = self.make(most)
+            self.plan = self._maker.make(most)
         if peak > limit:
             self._activations = max(self._activations or 0, beside)
             known = self._entries.get(self._entry)
@@ -349,19 +342,13 @@ class PassPlanner:
         Raises:
             BudgetExceededError: It is below the least; the old limit stands.
         """
-        before = (self._policy, self._ceiling, self._code_share)
-        self._policy, self._ceiling, self._code_share = policy, None, 1.0
-        try:
-            self.plan = self.make(self._activations or 0)
-        except BudgetExceededError:
-            self._policy, self._ceiling, self._code_share = before
-            raise
+        self._follow(replace(self._maker, policy=policy, ceiling=None, code_share=1.0))
         self._warned = self.weighed = False
 
     def follow(self, policy: ResolvedPolicy) -> None:
         """Take a policy for layers that are told next, with `set_assembly`."""
-        self._policy, self._ceiling = policy, None
-        self._code_share, self.weighed = 1.0, False
+        self._maker = replace(self._maker, policy=policy, ceiling=None, code_share=1.0)
+        self.weighed = False
 
     def set_adapter_bytes(self, nbytes: int) -> None:
         """Plan beside so many bytes of adapters, which are always on the device.
@@ -369,13 +356,7 @@ class PassPlanner:
         Raises:
             BudgetExceededError: The limit has no room for them; the old plan stands.
         """
-        before = self._adapter_bytes
-        self._adapter_bytes = nbytes
-        try:
-            self.plan = self.make(self._activations or 0)
-        except BudgetExceededError:
-            self._adapter_bytes = before
-            raise
+        self._follow(replace(self._maker, adapter_bytes=nbytes))
 
     def weigh_codes(self, rates: Rates) -> None:
         """Plan with as many residents kept coded as make passes shortest.
@@ -386,13 +367,10 @@ class PassPlanner:
         self.weighed = True
 
         def plan_at(share: float) -> Plan:
-            self._code_share = share
-            return self.make(beside)
+            return replace(self._maker, code_share=share).make(beside)
 
-        try:
-            self.plan = fastest(plan_at, rates)
-        finally:
-            self._code_share = self.plan.code_share
+        self.plan = fastest(plan_at, rates)
+        self._maker = replace(self._maker, code_share=self.plan.code_share)
 
     def step_down(self, taken: int) -> bool:
         """Plan for less, because the device ran out of memory.
@@ -407,94 +385,18 @@ class PassPlanner:
         if self.plan.total_bytes <= least and not self.plan.resident:
             return False
         beside = self.plan.activation_bytes
-        self._ceiling = max(taken + beside, least)
+        ceiling = max(taken + beside, least)
+        self._maker = replace(self._maker, ceiling=ceiling)
         before = self.plan
-        self.plan = self.make(beside)
+        self.plan = self._maker.make(beside)
         logger.warning(
             "the device is out of memory: %s of weights stay on it instead of %s. "
             "Other programs take the rest; limit_gb=%.3g would ask for no more",
             format_gib(self.plan.resident_bytes),
             format_gib(before.resident_bytes),
-            self._ceiling / 2**30,
+            ceiling / 2**30,
         )
         return True
-
-    @property
-    def _limit(self) -> int | None:
-        """The limit of the policy, or less if less was found to be there."""
-        limit = self._policy.limit_bytes
-        if limit == 0:
-            return limit
-        if self._ceiling is not None:
-            limit = self._ceiling if limit is None else min(limit, self._ceiling)
-        # Not 0, which would mean something else.
-        return limit if limit is None else max(limit - self._taken, 1)
-
-    def make(self, activations: int, *, keep_residents: bool = True) -> Plan:
-        """Plan for so many bytes of activations.
-
-        Tables whose rows are looked up stay out of it, unless the whole model fits.
-        """
-        assembly = self._assembly
-        assert assembly is not None, "a session plans for its assembly only"
-        moving = assembly.moving
-        if keep_residents and self._fits_whole(assembly, activations):
-            try:
-                whole = self._plan_for(assembly, moving, activations)
-            except BudgetExceededError:
-                whole = None  # all but the casts would fit
-            if whole is not None and whole.resident == moving:
-                return whole
-        if self._onload_on_device and self._limit:
-            raise BudgetExceededError(
-                f"onload=Placement(device={str(self._policy.onload.device)!r}) keeps "
-                "the whole model on the compute device, "
-                f"{format_gib(self._whole_bytes(assembly))}, which limit_gb="
-                f"{self._limit / 2**30:g} does not allow. Onload to "
-                '"cpu" or "disk", or raise limit_gb'
-            )
-        used = moving - self._looked_up
-        return self._plan_for(
-            assembly, used, activations, keep_residents=keep_residents
-        )
-
-    def _plan_for(
-        self,
-        assembly: Assembly,
-        used: set[int],
-        activations: int,
-        *,
-        keep_residents: bool = True,
-    ) -> Plan:
-        on_device = self._onload_on_device and self._limit == 0
-        return make_plan(
-            [spec_of(layer, used=layer.index in used) for layer in assembly.layers],
-            order=[index for index in self._order if index in used],
-            chains=[tuple(i for i in c if i in used) for c in assembly.chains],
-            limit_bytes=None if on_device else self._limit,
-            always_bytes=self._always_bytes(assembly),
-            activation_bytes=activations,
-            keep_residents=keep_residents,
-            code_share=self._code_share,
-        )
-
-    def _fits_whole(self, assembly: Assembly, activations: int) -> bool:
-        if not all(assembly.layers[index].can_stay for index in assembly.moving):
-            return False
-        limit = self._limit
-        return limit is None or self._whole_bytes(assembly) + activations <= limit
-
-    def _whole_bytes(self, assembly: Assembly) -> int:
-        whole = sum(layer.resident_bytes for layer in assembly.layers)
-        return self._always_bytes(assembly) + whole
-
-    def _always_bytes(self, assembly: Assembly) -> int:
-        return assembly.always_bytes + self._adapter_bytes
-
-    @property
-    def _onload_on_device(self) -> bool:
-        device = self._policy.onload.device
-        return isinstance(device, torch.device) and device.type != "cpu"
 
     def _held_by_others(self) -> int:
         return (self._memory.allocated_bytes() or 0) - self._budget.total_used
