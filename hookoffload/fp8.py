@@ -199,12 +199,10 @@ def _product(
     part = min(len(rows), max(_INPUT_PART // rows.shape[1], 1))
     work = torch.empty(part * rows.shape[1], dtype=torch.float32, device=rows.device)
     quantise(rows, values, scale, work)
-    # The kernels of GPUs that scale rows are made to write bf16, which is exact enough
-    # for 8-bit inputs. One that writes fp16 was off by more than that (H200, PyTorch
-    # 2.11), and others refuse.
-    made = _OUTPUTS[0]
-    if rows.device.type == "cpu" and not why_not_on(rows.device, weight.dtype, dtype):
-        made = dtype
+    # Where the device's kernels write bf16 only, that is exact enough for 8-bit inputs.
+    made = (
+        dtype if why_not_on(rows.device, weight.dtype, dtype) is None else _OUTPUTS[0]
+    )
     fused = bias.to(made) if bias is not None and made == dtype else None
     output = torch._scaled_mm(
         values,
