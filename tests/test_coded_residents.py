@@ -317,7 +317,8 @@ def room_for(device: str, layers: int) -> int:
     gc.collect()
     plain(Model(), torch.ones(3, WIDTH, dtype=torch.bfloat16), device)  # workspaces
     gc.collect()
-    return torch.cuda.memory_allocated() + (layers + 2) * LAYER_BYTES
+    # One more is left to what the allocator hands out beyond what is asked for.
+    return torch.cuda.memory_allocated() + (layers + 1) * LAYER_BYTES
 
 
 @pytest.fixture
