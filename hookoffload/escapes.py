@@ -123,7 +123,7 @@ class Escapes:
             site.watched = tuple(
                 name
                 for name, value in attributes.items()
-                if name not in _OF_PYTORCH and not isinstance(value, _FIXED)
+                if name not in _OF_PYTORCH and not _is_fixed(value)
             )
         for name in site.watched:
             value = attributes.get(name)
@@ -281,6 +281,13 @@ class Escapes:
 
 # What nn.Module keeps in a module's __dict__ for itself.
 _OF_PYTORCH = frozenset(nn.Module().__dict__)
+
+
+def _is_fixed(value: object) -> bool:
+    """Tell whether an attribute is a number, a name or the like, or a tuple of those."""
+    if type(value) is tuple:  # a shape, a stride: most modules have one
+        return all(isinstance(part, _FIXED) for part in value)
+    return isinstance(value, _FIXED)
 
 
 def _any_streams(layers: Iterable[Layer]) -> bool:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
@@ -157,12 +158,14 @@ class Site(NotCopied):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hang the pair again if nothing around this call takes care of the model."""
-        if dynamo_is_at_work():
+        # This runs for most modules: no calls but these two. Between two graphs, where
+        # `dynamo_is_at_work` as well, there is nothing in it to be compiled.
+        if torch.compiler.is_dynamo_compiling():
             return outside_graphs(self._look_in_graph)(module, args, kwargs)
         self.asked = True
         if self.session.calls.owner == threading.get_ident() and module is self.module:
-            for layer in self.layers:  # no generator: this runs for most modules
-                if not layer.is_usable:
+            for layer in self.layers:
+                if not (layer.stays_bound or layer.bound):
                     break
             else:
                 return None
@@ -289,8 +292,9 @@ class Site(NotCopied):
 
     def was_wasted(self) -> bool:
         """Tell, once a pass, whether most of a bundle was brought in for nothing."""
-        asked = sum(site.asked for site in self.bundled)
+        asked = 0
         for site in self.bundled:
+            asked += site.asked
             site.asked = False
         return 0 < 2 * asked < len(self.bundled)
 

@@ -10,10 +10,10 @@ import torch
 from .alignment import SMALL_TENSOR_BYTES, align
 from .copies import Copy
 from .device_memory import Block
-from .layer_fp8 import put_scales_on, scratch_size, work_sizes
+from .layer_fp8 import put_scales_on, scratch_size, take_scales_off, work_sizes
 from .layer_parts import Piece, RegionViews, resident_size, values_in
 from .layer_values import rest_source, value_of
-from .master import Master, Member, version_of
+from .master import Master, Member, are_untouched, bind_members, rest_members
 from .ring import Region, RegionRing, RegionStack
 
 # Steady passes find a layer in the same place each time; others in a few.
@@ -257,10 +257,9 @@ class Layer:
                 for index, piece in enumerate(self.pieces)
                 for valued in values_in(piece, *value_of(self, index, region_block))
             ]
-        for member, value, pointer in values:
-            member.set_data(value)
-            member.bound_pointer = pointer
-            member.version = version_of(member.tensor)
+        if self.scales:
+            take_scales_off(self)
+        bind_members(values)
         if self.scales:
             put_scales_on(self)
 
@@ -303,6 +302,8 @@ class Layer:
         Returns:
             Whether there was.
         """
+        if not self.scales and are_untouched(self._members, bound=True):
+            return False
         written = False
         for piece in self.pieces:
             for member in piece.master.members:
@@ -311,18 +312,15 @@ class Layer:
 
     def put_to_rest(self) -> None:
         """Point every member at its master again."""
-        for piece in self.pieces:
-            piece.master.put_to_rest()
+        if self.scales:
+            take_scales_off(self)
+        rest_members(self._members)
 
     def revision(self) -> int:
         """Look at the masters at rest and count their changes; see `reconcile`."""
-        for member in self._members:
-            tensor = member.tensor
-            moved = tensor.data_ptr() != member.rest_pointer
-            if moved or version_of(tensor) != member.version:
-                for piece in self.pieces:
-                    piece.master.reconcile()
-                break
+        if not are_untouched(self._members, bound=False):
+            for piece in self.pieces:
+                piece.master.reconcile()
         return self.known_revision()
 
     def known_revision(self) -> int:

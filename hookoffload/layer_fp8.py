@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .alignment import align
-from .fp8 import Scaled, put_on, quantise, scale_bytes, work_bytes
+from .fp8 import Scaled, put_on, quantise, scale_bytes, take_off, work_bytes
 from .master import Master
 
 if TYPE_CHECKING:
@@ -118,6 +118,13 @@ def put_scales_on(layer: Layer) -> None:
         if codec.wide is not None:
             scaled = Scaled(member.name, _scale(layer, index), codec.wide)
             put_on(member.tensor, scaled)
+
+
+def take_scales_off(layer: Layer) -> None:
+    """Undo `put_scales_on`."""
+    for piece in layer.pieces:
+        if piece.master.codec.scaled:
+            take_off(piece.master.members[0].tensor)
 
 
 def _scale(layer: Layer, index: int) -> torch.Tensor:

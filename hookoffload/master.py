@@ -20,6 +20,7 @@ everything rests and nothing has been copied ahead; otherwise they may be lost.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NoReturn
 
@@ -87,10 +88,13 @@ class Member:
 
     def set_data(self, value: torch.Tensor) -> None:
         """Have the tensor be at ``value``, and what wraps it say so."""
-        take_off(self.tensor)
         self.tensor.data = value
+        self.tell_wrappers()
+
+    def tell_wrappers(self) -> None:
+        """Have what wraps the tensor say where it is."""
         for wrapper in self.wrappers:
-            wrapper.follow(value.device)
+            wrapper.follow(self.tensor.device)
 
     def view(self, base: torch.Tensor, start: int) -> torch.Tensor:
         """Return this member over a flat tensor whose master begins at ``start``."""
@@ -308,10 +312,10 @@ class Master:
 
     def put_to_rest(self) -> None:
         """Swap every member back to the master."""
-        for member in self.members:
-            member.set_data(member.rest)
-            member.bound_pointer = 0
-            member.version = version_of(member.tensor)
+        if self.codec.scaled:
+            for member in self.members:
+                take_off(member.tensor)
+        rest_members(self.members)
 
     def take_bound(self, member: Member) -> bool:
         """Copy a bound member's value here if it was written to since it was bound.
@@ -416,6 +420,55 @@ def _flat(tensor: torch.Tensor, low: int, high: int, mixed: bool) -> torch.Tenso
     size = (high - low) // dtype.itemsize
     storage = tensor.data.untyped_storage()
     return flat.set_(storage, low // dtype.itemsize, (size,), (1,))
+
+
+# Every pass goes through every member of what streams, a few thousand of them: in these
+# three no call is made for each that is not one of PyTorch's.
+
+
+def bind_members(values: Iterable[tuple[Member, torch.Tensor, int]]) -> None:
+    """Point members at their values, whose addresses are given.
+
+    What ``_version`` counts are writes: it stays when ``.data`` is swapped.
+    """
+    for member, value, pointer in values:
+        member.tensor.data = value
+        member.bound_pointer = pointer
+        if member.wrappers:
+            member.tell_wrappers()
+
+
+def rest_members(members: Iterable[Member]) -> None:
+    """Point members at their masters."""
+    for member in members:
+        tensor = member.tensor
+        tensor.data = member.rest
+        member.bound_pointer = 0
+        try:
+            member.version = tensor._version
+        except RuntimeError:
+            member.version = 0  # see `version_of`
+        if member.wrappers:
+            member.tell_wrappers()
+
+
+def are_untouched(members: Iterable[Member], *, bound: bool) -> bool:
+    """Tell whether members are where they were put, and were not written to.
+
+    Args:
+        members: the members.
+        bound: they were bound; otherwise they rest.
+    """
+    for member in members:
+        tensor = member.tensor
+        try:
+            version = tensor._version
+        except RuntimeError:
+            version = 0  # see `version_of`
+        place = member.bound_pointer if bound else member.rest_pointer
+        if version != member.version or tensor.data_ptr() != place:
+            return False
+    return True
 
 
 def version_of(tensor: torch.Tensor) -> int:
