@@ -33,7 +33,7 @@ LEAST_CODED_BYTES = 2**16
 
 # Behind so many, copies in host RAM and the link are what takes the time; with fewer
 # than a few, they wait for each other.
-_DEVICE_THREADS, _FEW_THREADS = 8, 4
+_DEVICE_THREADS, _FEW_THREADS = 8, 6
 # What encoders may take of a device for a moment, and the part of what is free there.
 _ENCODING_BYTES, _ENCODING_SHARE = 2**31, 2
 

@@ -284,7 +284,7 @@ _OF_PYTORCH = frozenset(nn.Module().__dict__)
 
 
 def _is_fixed(value: object) -> bool:
-    """Tell whether an attribute is a number, a name or the like, or a tuple of those."""
+    """Tell whether an attribute is a number, a name or the like, or a tuple of such."""
     if type(value) is tuple:  # a shape, a stride: most modules have one
         return all(isinstance(part, _FIXED) for part in value)
     return isinstance(value, _FIXED)

@@ -478,10 +478,10 @@ def test_encoders_take_large_chunks_where_the_device_has_room(
             assert threads * values * BYTES_PER_VALUE <= limit - used
         return threads, values
 
-    assert taken(None) == taken(8 * 2**30) == (4, 2**24)
-    assert taken(8 * 2**30, used=7 * 2**30) == (4, 2**23)
+    assert taken(None) == taken(8 * 2**30) == (8, 2**23)
+    assert taken(8 * 2**30, used=7 * 2**30) == (8, 2**22)
     assert taken(2**28) == (4, 2**21)
     assert taken(2**27) == (2, 2**21)
     assert taken(2**25)[0] == taken(0)[0] == 0
     free = 2**30
-    assert taken(None) == (4, 2**22)
+    assert taken(None) == (8, 2**21)
