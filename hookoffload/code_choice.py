@@ -11,7 +11,8 @@ and the cost model says which share of the streamed bytes should be coded: so ma
 copies take no longer than computing and decoding. If they do with all of them coded,
 so many of the residents are coded, too, that make room for others: see
 [Note: residents that are kept coded]. They are encoded before the next pass begins,
-spread evenly over the order. A plan with other residents is measured again.
+spread evenly over the order, and no more of them than host RAM has room for. A plan
+with other residents is measured again.
 
 What `load_model` leaves in files is read in any case, and encoded on the way as far as
 it streams: there the codes are also what makes host RAM hold more.
@@ -34,6 +35,7 @@ from .budget import BudgetExceededError, MemoryBudget, format_gib
 from .coded_residents import LEAST_GAIN, spread
 from .coding import can_pay, expected_bytes, looked_up, make_codes
 from .cost import Rates
+from .host_memory import spare_memory
 from .layer import Layer
 from .lossless import TIMED_BYTES, decode_seconds, known_decode_seconds, seconds_of
 from .master import Master
@@ -166,7 +168,7 @@ def _code_more(
         chain.from_iterable([*streamed, *residents]), key=lambda m: m.plain_bytes
     )
     rates = _rates(session, measured, plan, source)
-    chosen = choose_masters(measured, plan, rates, streamed, residents)
+    chosen = _within_ram(choose_masters(measured, plan, rates, streamed, residents))
     if not chosen:
         return
     session.mover.drop_all()
@@ -188,6 +190,26 @@ def _code_more(
     session.page_lock.unlock_coded(master for master, _ in made)
     session.page_lock.lock(session.store.masters)
     session.planner.weigh_codes(rates)
+
+
+def _within_ram(masters: list[Master]) -> list[Master]:
+    """Leave out masters whose codes host RAM has no room for, spread over the list."""
+    sizes = [expected_bytes(master) for master in masters]
+    spare = spare_memory()
+    if sum(sizes) <= spare:
+        return masters
+    logger.warning(
+        "codes of %s of weights would pay, and would take %s of host RAM, of which "
+        "there are %s to spare: fewer are coded. Weights that load_model leaves in "
+        "their file need no room beside their codes",
+        format_gib(sum(master.plain_bytes for master in masters)),
+        format_gib(sum(sizes)),
+        format_gib(spare),
+    )
+    places = spread(sizes, spare / sum(sizes))
+    while sum(sizes[place] for place in places) > spare:
+        places.pop()  # they come within half a master of it
+    return [masters[place] for place in places]
 
 
 def choose_masters(

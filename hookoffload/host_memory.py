@@ -33,10 +33,7 @@ def automatic_limit(device: torch.device) -> int:
         ValueError: The device does not say what is free.
     """
     if device.type == "cpu":
-        available, group = available_memory(), cgroup_limit()
-        if group is not None:
-            available = min(available, max(group - _own_memory(), 0))
-        return int(available * _HOST_SHARE)
+        return spare_memory()
     module = torch.get_device_module(device)
     ask = getattr(module, "mem_get_info", None)
     if ask is None:
@@ -47,6 +44,14 @@ def automatic_limit(device: torch.device) -> int:
     free, _ = ask(device)
     reach = int(free) + int(module.memory_reserved(device))
     return max(reach - max(reach // _SPARE_SHARE, _SPARE_BYTES), 1)
+
+
+def spare_memory() -> int:
+    """Return what this process may take of the memory that is free, in bytes."""
+    available, group = available_memory(), cgroup_limit()
+    if group is not None:
+        available = min(available, max(group - _own_memory(), 0))
+    return int(available * _HOST_SHARE)
 
 
 def default_cap() -> int:

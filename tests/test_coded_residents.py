@@ -672,6 +672,27 @@ def test_auto_codes_residents_where_the_link_is_the_limit_beside_codes(
     assert ho.offload_plan(model).resident == plan.resident
 
 
+def test_auto_codes_no_more_than_host_ram_has_room_for(
+    device: str,
+    model: Model,
+    x: torch.Tensor,
+    limit: int,
+    measured: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = plain(model, x, device)
+    measured.update(copying=0.2 / LAYER_BYTES, stalled=0.9, decoding=1e-12)
+    spare = iter([2 * LAYER_BYTES])
+    monkeypatch.setattr(code_choice, "spare_memory", lambda: next(spare, 0))
+    ho.attach_offload_hooks(model, policy(device, limit, codec="auto"))
+    for _ in range(8):
+        assert_same_bits(run(model, x), expected)
+    coded = [spec for spec in ho.offload_plan(model).layers if spec.decoded_bytes]
+    assert 0 < sum(spec.copy_bytes for spec in coded) <= 2 * LAYER_BYTES
+    assert "host RAM, of which there are 4.000 MiB to spare" in caplog.text
+
+
 def test_auto_leaves_residents_as_they_are_where_codes_of_the_others_are_enough(
     device: str, model: Model, x: torch.Tensor, limit: int, measured: dict[str, float]
 ) -> None:
