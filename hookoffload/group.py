@@ -217,20 +217,25 @@ class Group:
                 stand.
             CheckpointError: The disk refuses; the old limits stand.
         """
-        limit_bytes = policy.limit_bytes
+        limit_bytes, before = policy.limit_bytes, self.policy
         done: list[Session] = []
         try:
             for session in self.sessions:
                 session.limits.plan_for(self.share(self.name_of(session), policy))
                 done.append(session)
-        except Exception as error:
+            self.policy = policy
+            self.budget.set_limit(limit_bytes or None)
+        except BaseException as error:
+            self.policy = before
+            self.budget.set_limit(before.limit_bytes or None)
+            if isinstance(error, Exception):
+                name = self.name_of(self.sessions[len(done)])
+                error.args = (f"{name}: {error}",)
+            else:
+                done = self.sessions  # Ctrl-C: nobody knows how far it got
             for session in done:
-                session.limits.plan_for(self.share(self.name_of(session), self.policy))
-            name = self.name_of(self.sessions[len(done)])
-            error.args = (f"{name}: {error}",)
+                session.limits.plan_for(self.share(self.name_of(session), before))
             raise
-        self.policy = policy
-        self.budget.set_limit(limit_bytes or None)
         if limit_bytes:
             last = self._active or self.sessions[0]
             # None is running, though none looks idle: this thread holds them all.

@@ -33,9 +33,16 @@ class LimitChanges:
             CheckpointError: The disk refuses; the old limits stand.
         """
         session = self._session
-        self.plan_for(policy)
+        before = session.policy
+        try:
+            self.plan_for(policy)
+            session.budget.set_limit(policy.limit_bytes or None)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # what fails has done so itself
+                self.plan_for(before)
+                session.budget.set_limit(before.limit_bytes or None)
+            raise
         limit = policy.limit_bytes
-        session.budget.set_limit(limit or None)
         most = limit or session.plan.total_bytes
         if limit is not None and session.budget.used > most:
             session.mover.apply(session.plan)  # give the memory back now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import time
@@ -36,6 +37,7 @@ from hookoffload import (
 )
 from hookoffload.session import Session
 from hookoffload.state_hooks import session_of
+from tests.interrupts import interrupted_at, steps_of
 from tests.samples import (
     GIB,
     Picture,
@@ -352,6 +354,39 @@ def test_set_limit_takes_the_memory_of_all_and_not_of_the_last_alone() -> None:
         assert session is not None and session.group is not None
         assert session.group.budget.used <= least
         _run_all(models, want, "ab")
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+@pytest.mark.parametrize("together", [False, True])
+def test_interrupt_at_any_step_of_another_limit_leaves_one_for_all(
+    together: bool, layers: int
+) -> None:
+    models = _models(a=4, b=4) if together else _models(a=4)
+    attached: Any = models if together else models["a"]
+    want = _outputs(models)
+
+    def limits() -> set[int | None]:
+        sessions = [session_of(model) for model in models.values()]
+        return {s.budget.limit_bytes for s in sessions if s is not None} | {
+            s.plan.limit_bytes for s in sessions if s is not None
+        }
+
+    with offloaded(attached, _policy(5)):
+        _run_all(models, want, "".join(models))
+        steps = steps_of(lambda: set_limit(attached, layers * LAYER / GIB))
+        after = limits()
+        set_limit(attached, 5 * LAYER / GIB)
+        before = limits()
+        for step in steps:
+            with (
+                contextlib.suppress(KeyboardInterrupt),
+                interrupted_at(step),
+            ):
+                set_limit(attached, layers * LAYER / GIB)
+            assert limits() in (before, after), step
+            _run_all(models, want, "".join(models))
+            set_limit(attached, 5 * LAYER / GIB)
+            assert limits() == before
 
 
 @pytest.mark.parametrize("layers", [0, 3, 5])
