@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from decimal import ROUND_CEILING, Decimal
 
@@ -101,10 +103,12 @@ class MemoryBudget:
     """
 
     __slots__ = (
+        "__weakref__",
         "_at_peak",
         "_by_kind",
         "_limit_bytes",
         "_lock",
+        "_parts",
         "_peak",
         "_used",
         "_watcher",
@@ -132,6 +136,10 @@ class MemoryBudget:
         self._at_peak: dict[str, int] = {}
         self._watcher: Callable[[Mapping[str, int]], None] | None = None
         self._within = within
+        # Those within this one.
+        self._parts: weakref.WeakSet[MemoryBudget] = weakref.WeakSet()
+        if within is not None:
+            within._parts.add(self)
 
     def watch(self, watcher: Callable[[Mapping[str, int]], None]) -> None:
         """Has every change told to somebody.
@@ -193,6 +201,28 @@ class MemoryBudget:
                 self._within.release(kind, nbytes)
             if self._watcher is not None:
                 self._watcher(self._by_kind)
+
+    def settle(self, taken: Mapping[str, int]) -> None:
+        """Corrects what is reserved, behind an interrupt in the middle of a change.
+
+        A budget that several share is corrected by what each of them has reserved.
+
+        Args:
+            taken: What there is, in bytes by kind.
+        """
+        with self._lock:
+            self._by_kind = {kind: nbytes for kind, nbytes in taken.items() if nbytes}
+            self._used = sum(self._by_kind.values())
+            if self._watcher is not None:
+                self._watcher(self._by_kind)
+        if self._within is not None:
+            self._within._settle_by_parts()
+
+    def _settle_by_parts(self) -> None:
+        total: Counter[str] = Counter()
+        for part in list(self._parts):
+            total.update(part.by_kind())
+        self.settle(total)
 
     def fits(self, nbytes: int) -> bool:
         """Says whether that many bytes could be reserved now.

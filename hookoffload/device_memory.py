@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -90,12 +91,10 @@ class DeviceMemory:
 
     def settle(self) -> None:
         """Make the budget agree with the blocks that there are, behind an interrupt."""
-        taken = dict.fromkeys(self.budget.by_kind(), 0)
+        taken: Counter[str] = Counter()
         for block in self._live.values():
-            taken[block.kind] = taken.get(block.kind, 0) + block.nbytes
-        for kind, nbytes in self.budget.by_kind().items():
-            if nbytes > taken[kind]:
-                self.budget.release(kind, nbytes - taken[kind])
+            taken[block.kind] += block.nbytes
+        self.budget.settle(taken)
 
     def overlaps_transient(self, pointer: int) -> bool:
         """Tell whether an address lies in memory that is reused within a pass."""

@@ -15,6 +15,7 @@ from hookoffload.budget import (
     format_gib_up,
     format_limit,
 )
+from tests.interrupts import NthCall
 
 GIB = 2**30
 
@@ -257,3 +258,27 @@ def test_a_limit_is_written_as_the_user_gave_it(limit_gb: object) -> None:
     given_gb = float(str(limit_gb))
     for whole in (int(given_gb * GIB), round(given_gb * GIB)):
         assert float(format_limit(whole)) == given_gb
+
+
+@pytest.mark.parametrize("change", ["reserve", "release"])
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupt_in_a_shared_budget_is_corrected_by_what_there_is(
+    change: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = MemoryBudget(100)
+    one, other = MemoryBudget(None, within=total), MemoryBudget(None, within=total)
+    one.reserve("window", 30)
+    other.reserve("residents", 20)
+    stopped = NthCall(getattr(MemoryBudget, change), 1, after=after)  # that of `total`
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryBudget, change, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(one, change)("window", 30)
+    assert stopped.calls == 2
+    one.settle({"window": 30})
+    assert (one.used, total.used) == (30, 50)
+    assert total.by_kind() == {"window": 30, "residents": 20}
+    one.settle({})
+    assert (one.used, total.by_kind()) == (0, {"residents": 20})
+    other.release("residents", 20)
+    assert total.used == 0
