@@ -41,6 +41,8 @@ class LayerMover:
         # Asked to have other models give way, so that so many bytes fit.
         self.ask_others: Callable[[int], None] | None = None
         self._ranges = LayerRanges()
+        self._beyond_plan = False  # a pass took more at once than the plan knows of
+        self._gave_way = False  # so that residents are missing
         self.reached_bytes = 0  # taken when `apply` last ran out of memory
 
     @property
@@ -80,7 +82,7 @@ class LayerMover:
         Raises:
             BudgetExceededError: It does not fit; then nothing is resident or taken.
         """
-        if plan == self.plan:
+        if plan == self.plan and not self._can_take_back():
             return True
         self.copies.cancel_prefetches()
         for layer in self.layers:
@@ -112,7 +114,13 @@ class LayerMover:
             raise
         self.copies.replan(plan.activation_bytes)
         self.plan = plan
+        self._gave_way = False
         return True
+
+    def _can_take_back(self) -> bool:
+        """Tell whether residents gave way, and the last pass would not have asked."""
+        beyond, self._beyond_plan = self._beyond_plan, False
+        return self._gave_way and not beyond
 
     def _fits(self, nbytes: int, most: int) -> bool:
         return (self.memory.allocated_bytes() or 0) + nbytes <= most
@@ -192,12 +200,14 @@ class LayerMover:
             nbytes: the bytes.
             keep: is about to be bound.
         """
+        self._beyond_plan = True
         if self.ask_others is not None:
             self.ask_others(align(nbytes))
         for layer in self.layers:
             if self.memory.budget.fits(align(nbytes)):
                 return
             if layer.resident is not None and not layer.bound and layer is not keep:
+                self._gave_way = True
                 layer.keep = False
                 self.evict(layer)
 

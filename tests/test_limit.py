@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -360,3 +361,46 @@ def test_room_for_a_cast_is_not_made_of_the_layer_that_is_cast(
         monkeypatch.setattr(Window, "take_scratch", refuse)
         assert same_bits(run(model, x), want)
         assert any(other.resident is None for other in others)
+
+
+class Calling(nn.Linear):
+    """Linear; it can call another one in its forward, which no plan foresees."""
+
+    def __init__(self, nested: list[bool]) -> None:
+        super().__init__(128, 128, bias=False)
+        self.inner: list[nn.Module] = []
+        self.nested = nested
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x) / 16
+        return self.inner[0](y) if self.nested[0] and self.inner else y
+
+
+def test_residents_that_gave_way_once_come_back() -> None:
+    nested = [False]
+    layers = [Calling(nested) for _ in range(16)]
+    for outer, inner in itertools.pairwise(layers[:9]):
+        outer.inner = [inner]
+    model, x = nn.Sequential(*layers), torch.randn(2, 128)
+    limit = 10.2 * layers[0].weight.nbytes / 2**30
+    policy = OffloadPolicy(limit_gb=limit, compute_device="cpu", store="disk")
+    attach_offload_hooks(model, policy)
+
+    def copied(times: int, *, inside: bool = False) -> int:
+        nested[0] = inside
+        with torch.no_grad():
+            for _ in range(times):
+                before = offload_stats(model).bytes_moved
+                model(x)
+        return offload_stats(model).bytes_moved - before
+
+    copied(3)
+    planned = offload_plan(model).pass_bytes
+    assert copied(1) == planned
+    copied(1, inside=True)  # more at once than the plan has room for
+    copied(5)
+    assert copied(1) == planned
+    # Where each pass does so, they are not brought in to be given up again.
+    steady = [copied(6, inside=True), copied(1, inside=True), copied(1, inside=True)]
+    assert steady[0] == steady[1] == steady[2]
+    detach(model)
