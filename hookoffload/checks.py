@@ -48,7 +48,7 @@ def check_model(model: nn.Module) -> None:
                 "(module.compile()), and hooks that come later may not run around "
                 "compiled calls. Attach first, and compile after that"
             )
-        if type(module).__name__ == "OptimizedModule":
+        if type(module).__name__ == "OptimizedModule" and _is_most_of(module, model):
             logger.warning(
                 "%s was compiled as a whole (torch.compile) and moves as one layer: "
                 "all of its weights are on the compute device during its forward. "
@@ -56,6 +56,12 @@ def check_model(model: nn.Module) -> None:
                 name or "the model",
             )
     require_undivided(model)
+
+
+def _is_most_of(module: nn.Module, model: nn.Module) -> bool:
+    """Tell whether a module has more than half of a model's weights."""
+    inside, all_of_it = (sum(p.nbytes for p in m.parameters()) for m in (module, model))
+    return 2 * inside > all_of_it
 
 
 def check_owners(model: nn.Module) -> None:

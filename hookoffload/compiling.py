@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from functools import partial
+from inspect import signature
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -13,23 +15,38 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 HookT = TypeVar("HookT", bound=Callable[..., Any])
 
 
+# PyTorch shows it where a graph may not end (fullgraph=True).
+_REASON = (
+    "hookoffload moves the weights of an attached model in hooks, and graphs end at "
+    "these. Leave fullgraph=True out, or put compiled blocks in the place of blocks, "
+    "around which the hooks are: model.blocks[i] = torch.compile(model.blocks[i], "
+    "fullgraph=True)"
+)
+
+
 def outside_graphs(hook: HookT) -> HookT:
     """Return a hook that runs uncompiled, with everything that it calls.
 
     Raises:
         RuntimeError: It is being exported, when called.
     """
+    outside: Any = partial(_outside, hook)
+    return cast("HookT", outside)
 
-    def run(*args: Any) -> Any:
-        if torch.compiler.is_compiling():  # although nothing here is compiled
-            raise RuntimeError(
-                "the model has offload hooks attached, and its weights cannot be "
-                "exported or traced through them. Call detach(model) first"
-            )
-        return hook(*args)
 
-    disabled: HookT = torch.compiler.disable(run)
-    return disabled
+def _call(hook: Callable[..., Any], *args: Any) -> Any:
+    if torch.compiler.is_compiling():  # although nothing here is compiled
+        raise RuntimeError(
+            "the model has offload hooks attached, and its weights cannot be "
+            "exported or traced through them. Call detach(model) first"
+        )
+    return hook(*args)
+
+
+_takes_reason = "reason" in signature(torch.compiler.disable).parameters
+_outside: Callable[..., Any] = torch.compiler.disable(
+    _call, **({"reason": _REASON} if _takes_reason else {})
+)
 
 
 def run_uncompiled(model: nn.Module) -> AbstractContextManager[Any] | None:
@@ -47,6 +64,14 @@ def run_uncompiled(model: nn.Module) -> AbstractContextManager[Any] | None:
         return None
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+def captures_cuda_graphs(module: nn.Module) -> bool:
+    """Tell whether a module was compiled in place to replay CUDA graphs."""
+    compiled: Any = module._compiled_call_impl
+    about = getattr(compiled, "get_compiler_config", None)
+    config = None if about is None else about()
+    return bool(config and config.get("triton.cudagraphs"))
 
 
 def dynamo_is_at_work() -> bool:

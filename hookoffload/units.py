@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .budget import BudgetExceededError, format_gib
 from .bundles import BundleChoice, most_bytes
+from .compiling import captures_cuda_graphs
 from .gather import GatherSite
 from .resolved_policy import ResolvedPolicy
 
@@ -55,6 +56,7 @@ class Units:
         # What `choose` last chose for: this is asked behind every pass.
         self._chosen_for: tuple[int | None, int] | None = None
         self._told = False
+        self._told_of_cuda_graphs = False
 
     def divide(self, name: str) -> None:
         """Make no unit of a module any more: its layers are called without it."""
@@ -120,6 +122,8 @@ class Units:
             self._look_for_compiled = False
             self._compiled = _compiled_in_place(session)
             self._chosen_for = None
+            if session.policy.compute_device.type == "cuda":
+                self._tell_of_cuda_graphs()
         if self.now.bundles:
             for site in session.sites:
                 if site.bundled and site.was_wasted():
@@ -134,6 +138,24 @@ class Units:
         if wanted != self.now:
             logger.info("%d modules move as one layer each", sum(map(len, wanted)))
             self.make(wanted)
+
+    def _tell_of_cuda_graphs(self) -> None:
+        """Warn of what is right and slow: a graph is for one place of its weights."""
+        if self._told_of_cuda_graphs:
+            return
+        modules = self._session.model.named_modules()
+        names = [name for name, module in modules if captures_cuda_graphs(module)]
+        if not names:
+            return
+        self._told_of_cuda_graphs = True
+        logger.warning(
+            '%d modules were compiled to replay CUDA graphs (mode="reduce-overhead"), '
+            "such as %s. Weights that stream lie elsewhere each time, and graphs are "
+            "captured anew for them: leave the mode out, take "
+            'mode="max-autotune-no-cudagraphs", or a limit in which all weights stay',
+            len(names),
+            names[0] or "the model",
+        )
 
     def _tell_of_compiled(self, names: set[str]) -> None:
         if self._told:

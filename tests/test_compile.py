@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,6 +22,7 @@ from hookoffload import (
     offload_stats,
     set_limit,
 )
+from hookoffload.compiling import captures_cuda_graphs
 from tests.samples import Block, Stack
 from tests.small_models import assert_same, on_disk, run
 
@@ -145,6 +147,97 @@ class _Graphs:
 
 def _limit(model: nn.Module, share: float) -> float:
     return share * sum(parameter.nbytes for parameter in model.parameters()) / 2**30
+
+
+@pytest.mark.parametrize("behind_attach", [False, True])
+def test_compiled_blocks_in_the_place_of_blocks_are_one_graph_without_a_break(
+    tmp_path: Path, behind_attach: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = Stack(depth=12)
+    x = torch.randn(2, 32)
+    expected = run(model, x)
+    graphs = _Graphs()
+
+    def compile_blocks() -> None:
+        for index, block in enumerate(model.blocks):
+            compiled = torch.compile(block, fullgraph=True, backend=graphs)
+            model.blocks[index] = compiled
+
+    if not behind_attach:
+        compile_blocks()
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=_limit(model, 0.7)))
+    if behind_attach:
+        compile_blocks()
+    for share in (0.7, 0.4, 0.6):
+        set_limit(model, _limit(model, share))
+        for _ in range(3):
+            assert_same(run(model, x), expected)
+        assert offload_plan(model).pass_bytes
+    assert len(graphs.calls) == 1
+    assert "compiled" not in caplog.text  # nothing is wrong with them
+    detach(model)
+    assert_same(run(model, x), expected)
+
+
+def test_a_graph_that_may_not_end_at_hooks_is_refused_and_the_way_out_is_named(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    model = Stack()
+    x = torch.randn(2, 32)
+    expected = run(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path))
+    run(model, x)
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    reasons = "reason" in inspect.signature(torch.compiler.disable).parameters
+    match = "Leave fullgraph=True out" if reasons else "outside_graphs"
+    for _ in range(2):
+        with pytest.raises(Exception, match=match):
+            run(whole, x)
+        assert_same(run(model, x), expected)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=match):
+        run(model, x)
+    for block in model.blocks:
+        block._compiled_call_impl = None
+    assert_same(run(model, x), expected)
+    detach(model)
+    torch._dynamo.reset()
+    assert_same(run(whole, x), expected)  # now it is one
+
+
+def test_a_model_that_was_compiled_as_a_whole_may_be_one_graph(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = Stack()
+    x = torch.randn(2, 32)
+    expected = run(plain, x)
+    model = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    attach_offload_hooks(model, on_disk(tmp_path))
+    for _ in range(3):
+        assert_same(run(model, x), expected)
+    detach(model)
+
+
+def test_blocks_for_cuda_graphs_are_known_and_right(tmp_path: Path) -> None:
+    """On a CPU there are none, and the mode only compiles."""
+    torch.manual_seed(0)
+    model = Stack(depth=8)
+    x = torch.randn(2, 32)
+    expected = run(model, x)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=_limit(model, 0.7)))
+    for block in model.blocks:
+        block.compile(mode="reduce-overhead")
+    for _ in range(3):
+        torch.testing.assert_close(run(model, x), expected)
+    assert all(captures_cuda_graphs(block) for block in model.blocks)
+    others = ({"mode": "max-autotune-no-cudagraphs"}, {"backend": "eager"}, {})
+    for block, options in zip(model.blocks, others, strict=False):
+        block.compile(**options)
+        assert not captures_cuda_graphs(block)
+    assert not captures_cuda_graphs(model)
+    detach(model)
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])

@@ -420,3 +420,42 @@ def on_gpu_again(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     twin = Wide()
     twin.load_state_dict(model.state_dict())
     return on_gpu(twin, x)
+
+
+class Wave(nn.Module):
+    """A block that compiles to one graph."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["all stays", "streams"])
+def test_blocks_that_replay_cuda_graphs_compute_the_same(
+    streams: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A graph whose weights have moved is captured anew, and that is told."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Wave(1024) for _ in range(16)))
+    xs = [torch.randn(16, 1024, device="cuda") for _ in range(5)]
+    blocks = copy.deepcopy(model).cuda()
+    plain = nn.Sequential(*(torch.compile(block) for block in blocks))
+    with torch.no_grad():
+        wants = [plain(x) for x in xs]
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    limit = (torch.cuda.memory_allocated() + size // 2) / 2**30 if streams else None
+    ho.attach_offload_hooks(model, ho.OffloadPolicy(limit_gb=limit))
+    for block in model:
+        block.compile(mode="reduce-overhead")
+    for x, want in zip(xs, wants, strict=True):
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x).clone(), want)
+    assert (ho.offload_plan(model).pass_bytes > 0) == streams
+    assert ("replay CUDA graphs" in caplog.text) == streams
+    ho.detach(model)
