@@ -22,9 +22,11 @@ from .conversion_entry import EntryWriter
 from .conversion_trace import is_plain
 from .converting import add_once
 from .opened_file import explain_missing
+from .packed import is_wrapper, parts_of
 from .progress import progress_bar
 from .safetensors_file import TensorLocation
 from .safetensors_header import CheckpointError
+from .saved_torchao import torchao_form
 
 # Part of the cache's key: to be counted up when other tensors come out of a file.
 _MAKER = "binary checkpoint, version 1"
@@ -61,8 +63,30 @@ def _write(path: Path, writer: EntryWriter) -> None:
     total = sum(tensor.nbytes for tensor in state.values())
     with progress_bar("converting a binary checkpoint", total) as bar:
         writer.progress = bar.update
-        add_once(writer, state)
+        add_once(writer, {n: t for n, t in state.items() if not is_wrapper(t)})
+        for name, tensor in state.items():
+            if is_wrapper(tensor):
+                _add_packed(path, writer, name, tensor)
         writer.flush()
+
+
+def _add_packed(
+    path: Path, writer: EntryWriter, name: str, tensor: torch.Tensor
+) -> None:
+    """Have the parts of a quantised tensor written, as `load_model` reads them."""
+    form = torchao_form(name, tensor)
+    if form is None:
+        found = parts_of(tensor)
+        if found is None:
+            raise CheckpointError(
+                f"{path}: {name!r} is a {type(tensor).__name__}, and it is not known "
+                f"where its bytes lie. Dequantise it: {_BY_HAND}."
+            )
+        pairs = zip(found.paths, found.tensors, strict=True)
+        form = {name + path: part for path, part in pairs}, {}
+    parts, metadata = form
+    for part, value in parts.items():
+        writer.add(part, value, metadata)
 
 
 def _load(path: Path) -> Any:

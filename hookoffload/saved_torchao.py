@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .safetensors_file import CheckpointFile, TensorLocation
@@ -61,6 +62,31 @@ class TorchaoWeight(SavedWeight):
                 "saved with"
             )
         self.owner._parameters[self.key] = nn.Parameter(made, requires_grad=False)
+
+
+def torchao_form(
+    name: str, tensor: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """Return what torchao would save of a tensor, and the metadata for it.
+
+    Args:
+        name: its name.
+        tensor: a wrapper.
+
+    Returns:
+        None if it is none of torchao's, or torchao has no form for it.
+    """
+    if type(tensor).__module__.partition(".")[0] != "torchao":
+        return None
+    flatten: Any = _support().flatten_tensor_state_dict
+    key = name.rpartition(".")[2]
+    try:
+        parts, metadata = flatten({f"of.{key}": tensor})
+    except ValueError:  # it knows a few classes by name
+        return None
+    prefix = name.removesuffix(key)
+    named = {prefix + part.removeprefix("of."): value for part, value in parts.items()}
+    return named, {name: metadata[f"of.{key}"]}
 
 
 def find_torchao(

@@ -190,6 +190,34 @@ def _narrow() -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("kind", TORCHAO)
+def test_quantised_weights_that_torch_saved_are_converted_in_their_parts(
+    tmp_path: Path, kind: str
+) -> None:
+    source, x = TORCHAO[kind](), rows()
+    torch.save(source.state_dict(), tmp_path / "model.bin")
+    policy = _policy(store="disk", limit_gb=0)
+    for _ in range(2):  # computed, found again
+        model = load_model(
+            linears, tmp_path / "model.bin", policy, cache_dir=tmp_path / "cache"
+        )
+        assert same_bits(run(model, x), run(source, x))
+        assert type(model[0].weight) is type(source[0].weight)
+        detach(model)
+
+
+def test_quantised_weights_of_others_that_torch_saved_have_the_names_of_their_parts(
+    tmp_path: Path,
+) -> None:
+    source, x = coded(), rows()
+    with torch.serialization.safe_globals([Coded, torch._tensor._rebuild_from_type_v2]):
+        torch.save(source.state_dict(), tmp_path / "model.bin")
+        model = load_model(
+            coded, tmp_path / "model.bin", _policy(), cache_dir=tmp_path / "cache"
+        )
+    assert same_bits(run(model, x), run(source, x))
+
+
 @pytest.mark.parametrize("store", STORES.values(), ids=STORES)
 def test_what_is_saved_of_a_quantised_model_is_loaded_again(
     tmp_path: Path, store: dict[str, Any]
