@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,19 +21,17 @@ from .converting import Converter, Locations, convert
 from .file_maps import OwnMaps
 from .master import Master
 from .model_building import build_empty
-from .packed import Parts, parts_of, with_parts
+from .packed import with_parts
 from .policy import OffloadPolicy
 from .progress import progress_shown
 from .readers import Read, empty_in_ram, read_tensors
 from .safetensors_file import CheckpointFile
-from .safetensors_header import CheckpointError
 from .saved_forms import find_saved_weights
 from .saved_weight import SavedWeight
+from .slots import Slot, check_fit, slots_of
 from .state_hooks import session_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-_NAMES_SHOWN = 8
 
 
 def load_model(
@@ -137,9 +135,9 @@ def load_model(
             _close_later(opened, locations)
         model = build_empty(model_class_or_factory, config, checkpoint)
         saved = find_saved_weights(model, locations, resolved.compute_dtype)
-        slots = _slots(model, {weight.name for weight in saved})
+        slots = slots_of(model, {weight.name for weight in saved})
         apart = locations.keys() - {name for weight in saved for name in weight.names}
-        _check_names_and_shapes(slots, {n: locations[n] for n in apart}, checkpoint)
+        check_fit(slots, {n: locations[n] for n in apart}, checkpoint)
         kept = find_codes(cache, locations) if cache_codes else None
         for code in (kept or {}).values():
             opened.callback(code.close)
@@ -191,99 +189,8 @@ def _files_of(locations: Locations) -> set[CheckpointFile]:
     return {location.file for location in locations.values()}
 
 
-@dataclass
-class _Slot:
-    """One tensor of the model, wherever it is registered.
-
-    Attributes:
-        names: its full names.
-        places: the registries and keys that hold it.
-        tensor: the tensor without values (or the buffer with its initial ones).
-        path: where it is in a quantised one, see [Note: packed tensors].
-    """
-
-    names: list[str]
-    places: list[tuple[dict[str, Any], str]]
-    tensor: torch.Tensor
-    path: str = ""
-
-
-def _slots(model: nn.Module, made: Container[str]) -> list[_Slot]:
-    """List what a checkpoint has to fill: parameters and persistent buffers.
-
-    Tied parameters are one slot. Accelerate wraps a parameter that is assigned a
-    second time in a new object over the same storage, so the storage tells.
-
-    Args:
-        model: the model without values.
-        made: names of parameters that are made anew, see [Note: saved forms].
-    """
-    slots: dict[object, _Slot] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        volatile = module._non_persistent_buffers_set
-        for registry in (module._parameters, module._buffers):
-            for key, tensor in registry.items():
-                if tensor is None or (registry is module._buffers and key in volatile):
-                    continue
-                if dot + key in made:
-                    continue
-                parts = parts_of(tensor, module) or Parts((tensor,))
-                for part, path in zip(parts.tensors, parts.paths, strict=True):
-                    empty = part.numel() == 0
-                    same = id(part) if empty else part.untyped_storage()._cdata
-                    new = _Slot([], [], part, path)
-                    slot = slots.setdefault((same, part.shape), new)
-                    slot.names.append(dot + key + path)
-                    slot.places.append((registry, key))
-    return list(slots.values())
-
-
-def _check_names_and_shapes(
-    slots: list[_Slot], locations: Locations, checkpoint: object
-) -> None:
-    have = set(locations)
-    known = {name for slot in slots for name in slot.names}
-    missing = [s.names[0] for s in slots if not have.intersection(s.names)]
-    extra = sorted(have - known)
-    misshapen = [
-        f"{name} has shape {locations[name].shape}, the model needs "
-        f"{tuple(slot.tensor.shape)}"
-        for slot in slots
-        for name in slot.names
-        if name in have and locations[name].shape != tuple(slot.tensor.shape)
-    ]
-    mistyped = [
-        f"{name} is {locations[name].dtype}, the quantised model needs "
-        f"{slot.tensor.dtype}"
-        for slot in slots
-        for name in slot.names
-        if slot.path and name in have and locations[name].dtype != slot.tensor.dtype
-    ]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} missing: {_some(missing)}")
-    if extra:
-        problems.append(f"{len(extra)} that the model does not have: {_some(extra)}")
-    if misshapen:
-        problems.append(f"{len(misshapen)} of another shape: {_some(misshapen)}")
-    if mistyped:
-        problems.append(f"{len(mistyped)} of another dtype: {_some(mistyped)}")
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint}: the tensors are not those of the model: "
-            f"{'; '.join(problems)}. Pass the config that the checkpoint was saved "
-            "with, or a state_dict_converter that renames or drops tensors"
-        )
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
 def _assign(
-    slots: list[_Slot], saved: list[SavedWeight], locations: Locations, *, apart: bool
+    slots: list[Slot], saved: list[SavedWeight], locations: Locations, *, apart: bool
 ) -> Locations:
     """Register tensors with values in place of those without.
 

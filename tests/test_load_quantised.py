@@ -90,6 +90,9 @@ def test_what_optimum_quanto_saves_is_loaded_as_it_is(
         _policy(store="disk", limit_gb=0),
     )
     assert same_bits(run(model, x), run(source, x))
+    detach(model)
+    with pytest.raises(CheckpointError, match=r"optimum\.quanto\.quantize\(model"):
+        load_model(linears, tmp_path / "model.safetensors", _policy())
 
 
 TORCHAO: dict[str, Callable[[], nn.Module]] = {
