@@ -126,6 +126,9 @@ class Inventory:
             self._managed.values(), pointers, strict=True
         ):
             known = pointer in (member.rest_pointer, member.bound_pointer)
+            if not known and member.was_cast_by_its_forward():
+                member.set_data(member.rest)
+                continue
             if not known or not member.lies_as_before():
                 others.append((master, member))
         if not others:

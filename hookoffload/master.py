@@ -100,6 +100,16 @@ class Member:
         """Return this member over a flat tensor whose master begins at ``start``."""
         return base.as_strided(self.shape, self.stride, start + self.location_in_master)
 
+    def was_cast_by_its_forward(self) -> bool:
+        """Tell whether it was given its own value in another dtype.
+
+        That is what forwards do where `stays` is false, also to what nobody moves.
+        """
+        now, rest = self.tensor, self.rest
+        if self.stays or (now.shape, now.device) != (rest.shape, rest.device):
+            return False
+        return now.dtype != rest.dtype and torch.equal(now.data, rest.to(now.dtype))
+
     def lies_as_before(self) -> bool:
         """Tell whether the tensor has the shape, strides and dtype that it rests in."""
         tensor = self.tensor

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from hookoffload import (
+    OffloadPolicy,
     attach_offload_hooks,
     detach,
+    load_model,
     offload,
     offload_plan,
     offload_stats,
@@ -137,6 +141,41 @@ def test_weights_that_were_quantised_on_the_cpu_compute_on_the_gpu(kind: str) ->
         for _ in range(2):
             assert same_bits(run(model, x), want)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("store", ["disk", "cpu"])
+@pytest.mark.parametrize(
+    "kind",
+    ["bitsandbytes nf4", "bitsandbytes fp4", "bitsandbytes int8", "torchao int8"],
+)
+def test_what_was_saved_packed_is_read_and_computes_on_the_gpu(
+    kind: str, store: str, tmp_path: Path
+) -> None:
+    source, x = KINDS[kind](), rows()
+    path = tmp_path / "model.safetensors"
+    state, metadata = source.state_dict(), None
+    if "torchao" in kind:
+        support = pytest.importorskip(
+            "torchao.prototype.safetensors.safetensors_support"
+        )
+        state, metadata = support.flatten_tensor_state_dict(state)
+    save_file(state, path, metadata)
+    source.cuda()
+    want = run(source, x.cuda())
+
+    def make() -> nn.Module:
+        model = linears()
+        if "int8" in kind and "bitsandbytes" in kind:
+            library = pytest.importorskip("bitsandbytes").nn
+            for index in (0, 2, 4):
+                shape = model[index].in_features, model[index].out_features
+                model[index] = library.Linear8bitLt(*shape, has_fp16_weights=False)
+        return model
+
+    policy = OffloadPolicy(store=store, limit_gb=0)  # type: ignore[arg-type]
+    model = load_model(make, path, policy)
+    for _ in range(3):
+        assert_same_output(run(model, x.cuda()), want, model, store)
 
 
 def test_what_the_cpu_packs_otherwise_is_refused() -> None:

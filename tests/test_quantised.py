@@ -322,6 +322,26 @@ def test_a_bias_that_the_forward_casts_by_itself_is_as_it_was_behind_it(
     assert same_bits(got, run(before, x))
 
 
+@pytest.mark.parametrize("kind", ["bitsandbytes nf4", "bitsandbytes int8"])
+def test_a_bias_that_is_cast_where_nothing_moves_is_put_back(kind: str) -> None:
+    model, x = KINDS[kind](), rows()
+    want = run(copy.deepcopy(model), x)
+    bias = model[0].bias
+    values = bias.detach().clone()
+    attach_offload_hooks(model, _policy(store="cpu"))
+    for _ in range(3):
+        assert same_bits(run(model, x), want)
+    assert same_bits(model.state_dict()["0.bias"], values)
+    run(model, x)
+    bias.data = bias.data.double() + 1
+    with pytest.raises(RuntimeError, match=r"0\.bias was moved or cast"):
+        run(model, x)
+    bias.data = values.to(torch.bfloat16)
+    run(model, x)
+    detach(model)
+    assert same_bits(bias.detach(), values)
+
+
 def test_8_bit_weights_that_have_run_keep_nothing_behind_in_ram() -> None:
     """Their first forward hands what was quantised on to the module."""
     model, x = KINDS["bitsandbytes int8"](), rows()
