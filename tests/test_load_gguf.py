@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from hookoffload import OffloadPolicy, detach, load_model, offload_stats
+from hookoffload.gguf_file import GgufFile
 from hookoffload.safetensors_header import CheckpointError
 from tests.quantised_models import KINDS, WIDTH, linears, rows
 from tests.quantised_models import gguf as packed_by
@@ -220,12 +222,119 @@ def test_a_packing_that_diffusers_does_not_know_is_named(tmp_path: Path) -> None
         load_model(linears, path, _policy(tmp_path))
 
 
-@pytest.mark.parametrize("kept", [0, 3, 40, 400, -1, -5000])
+def _with_values(path: Path, alignment: int | None = None) -> Path:
+    """Write a file with values of all kinds beside its tensors."""
+    writer = gguf.GGUFWriter(path, "none")
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
+    writer.add_array("texts", ["", "a", "grüße" * 20_000])
+    writer.add_array("numbers", list(range(50)))
+    writer.add_array("arrays", [[1, 2], [3]])
+    writer.add_string("text", "x" * 100_000)
+    for kind in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"):
+        getattr(writer, f"add_{kind}")(kind, 7)
+    writer.add_uint64("uint64", 2**63)
+    writer.add_float32("float32", 0.5)
+    writer.add_float64("float64", 0.5)
+    writer.add_bool("bool", True)
+    values = np.random.default_rng(0).standard_normal((6, 256), np.float32)
+    for kind in ("Q4_0", "Q8_0", "Q5_1", "F16", "BF16"):
+        packing = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(kind, gguf.quants.quantize(values, packing), None, packing)
+    blocks = np.zeros((6, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q6_K][1]))
+    packing = gguf.GGMLQuantizationType.Q6_K
+    writer.add_tensor("Q6_K", blocks.astype(np.uint8), None, packing)
+    writer.add_tensor("F32", values[:, :5].copy())
+    writer.add_tensor("one", np.ones(1, np.int8))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("alignment", [None, 8, 4096])
+def test_tensors_lie_where_the_package_finds_them(
+    tmp_path: Path, alignment: int | None
+) -> None:
+    path = _with_values(tmp_path / "model.gguf", alignment)
+    file = GgufFile(path)
+    known = gguf.GGUFReader(path).tensors
+    assert set(file.tensors) == {tensor.name for tensor in known}
+    for tensor in known:
+        found = file.tensors[tensor.name]
+        assert (found.offset, found.nbytes) == (tensor.data_offset, tensor.n_bytes)
+        data = file.mapped(found)
+        assert data.view(torch.uint8).numpy().tobytes() == tensor.data.tobytes()
+        packed = file.packings.get(tensor.name)
+        assert packed == (tensor.name if tensor.name.startswith("Q") else None)
+        if tensor.name != "BF16":  # bytes for the package, numbers for PyTorch
+            assert found.shape == tensor.data.shape
+    assert file.tensors["BF16"].shape == (6, 256)
+    file.close()
+
+
+@pytest.mark.parametrize("kept", [0, 3, 40, 400, 150_000, -100, -5000])
 def test_a_file_that_was_cut_is_refused(tmp_path: Path, kept: int) -> None:
-    path = _saved(packed_by("Q8_0"), tmp_path)
+    path = _with_values(tmp_path / "model.gguf")
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=r"model\.gguf: .*fetch it again"):
         load_model(linears, path, _policy(tmp_path))
+
+
+def test_a_damaged_header_is_refused_or_read_within_the_file(tmp_path: Path) -> None:
+    whole = _saved(packed_by("Q8_0"), tmp_path).read_bytes()
+    path, random = tmp_path / "damaged.gguf", Random(0)
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(random.choice([1, 1, 2, 8])):
+            data[random.randrange(700)] = random.choice(
+                [0, 1, 255, random.randrange(256)]
+            )
+        path.write_bytes(data)
+        try:
+            file = GgufFile(path)
+        except CheckpointError:
+            refused += 1
+            continue
+        for location in file.tensors.values():
+            assert 0 <= location.offset <= len(whole) - location.nbytes
+            file.mapped(location)
+        file.close()
+    assert 100 < refused < 400
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "match"),
+    [
+        (-8, 70_000, "a name has 70000 bytes"),
+        (8, 9 + (256 << 32), "'0.weight' is there twice, or has no shape"),
+        (12, 255, "'0.weight' has rows of 255 values"),
+        (12, 2**60, "'0.weight' ends at byte|does not begin where"),
+        (28, 777, r"'0.weight' is packed in a way \(777\)"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(
+    tmp_path: Path, place: int, number: int, match: str
+) -> None:
+    path = _saved(packed_by("Q8_0"), tmp_path)
+    data = bytearray(path.read_bytes())
+    name = data.index(b"0.weight")  # length, name, dimensions, shape, packing, offset
+    data[name + place : name + place + 8] = number.to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=match):
+        GgufFile(path)
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path / "model.gguf", {"a": torch.ones(8), "b": torch.ones(8)})
+    data = path.read_bytes()
+    offset = data.index((32).to_bytes(8, "little"), data.index(b"b" + bytes([1])))
+    moved = data[:offset] + (0).to_bytes(8, "little") + data[offset + 8 :]
+    path.write_bytes(moved)
+    with pytest.raises(CheckpointError, match="tensor 'b' does not begin where"):
+        GgufFile(path)
 
 
 def test_the_byte_order_of_another_machine_is_refused(tmp_path: Path) -> None:
