@@ -13,8 +13,8 @@ from pathlib import Path
 from .binary_checkpoint import open_binary
 from .checkpoint_index import CheckpointPaths, find_tensors
 from .conversion_cache import ConversionCache
-from .gguf_file import GGUF_SUFFIX, GgufFile
-from .opened_file import PICKLED
+from .gguf_file import GgufFile
+from .opened_file import GGUF, PICKLED
 from .safetensors_file import CheckpointFile, TensorLocation
 
 
@@ -58,7 +58,7 @@ def open_checkpoint(
                 tensors = open_binary(path, cache)
                 found_in = {location.file for location in tensors.values()}
             else:
-                is_gguf = path.suffix.lower() == GGUF_SUFFIX
+                is_gguf = path.suffix.lower() == GGUF
                 file = (GgufFile if is_gguf else CheckpointFile)(path)
                 tensors, found_in = file.tensors, {file}
             for file in found_in:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import TypeVar
 
-from .opened_file import PICKLED, explain_missing, names_in
+from .opened_file import GGUF, PICKLED, explain_missing, names_in
 from .safetensors_header import DAMAGED, CheckpointError
 
 CheckpointPaths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -113,6 +113,7 @@ def _index_in(folder: Path) -> Path:
         if preferred in names:
             return folder / preferred
     binaries = [name for name in names if Path(name).suffix.lower() in PICKLED]
+    binaries = binaries or [name for name in names if name.lower().endswith(GGUF)]
     if len(binaries) == 1:
         return folder / binaries[0]
     held = _shortened(names) if names else "nothing"

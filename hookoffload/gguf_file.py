@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from .safetensors_file import CheckpointFile
 from .safetensors_header import CheckpointError, TensorExtent
 
-GGUF_SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = "general.alignment"

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from .safetensors_header import DAMAGED, CheckpointError, TensorExtent, read_header
 
+GGUF = ".gguf"
 PICKLED = frozenset({".bin", ".ckpt", ".pt", ".pth"})
 
 

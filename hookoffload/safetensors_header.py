@@ -133,6 +133,11 @@ def _explain_start(path: Path, fd: int, size: int, length: int) -> str:
             "is a torch.save file under another name. Convert it with "
             "torch.load(weights_only=True) and safetensors.torch.save_file."
         )
+    if start.startswith(b"GGUF"):
+        return (
+            "is a GGUF file. load_model reads those, if their names end with .gguf; "
+            "nothing else does."
+        )
     if length < 0:
         return f"has {size} bytes, too few for a safetensors file. {DAMAGED}"
     return (

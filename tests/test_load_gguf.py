@@ -85,6 +85,16 @@ def test_packed_weights_are_read_where_they_lie(
     assert same_bits(run(model, x), want)
 
 
+def test_the_only_file_of_a_folder_is_found(tmp_path: Path) -> None:
+    source, x = packed_by("Q8_0"), rows()
+    path = _saved(source, tmp_path)
+    model = load_model(linears, tmp_path, _policy(tmp_path))
+    assert same_bits(run(model, x), run(source, x))
+    path.with_name("other.gguf").write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.gguf.*Pass the one to load"):
+        load_model(linears, tmp_path, _policy(tmp_path))
+
+
 def test_layers_compute_in_the_dtype_of_the_model_unless_the_policy_says_another(
     tmp_path: Path,
 ) -> None:

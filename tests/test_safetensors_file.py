@@ -406,6 +406,7 @@ BAD_STARTS = {
     "cut in the header": (struct.pack("<Q", 100) + b"{}", "header of 100 bytes"),
     "endless header": (b"\xff" * 64, "no safetensors file, or cut short"),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    "gguf": (b"GGUF\x03" + b"\0" * 60, "load_model reads those"),
     "zip of torch": (b"PK\x03\x04" + b"\0" * 60, "torch.save"),
     "a page": (b"<!DOCTYPE html><html>Not found", "no safetensors file"),
 }
