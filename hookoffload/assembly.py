@@ -18,6 +18,13 @@ from .resolved_policy import ResolvedPolicy
 from .safetensors_file import TensorLocation
 from .tiers import host_bytes_left, host_tier
 
+HostSize = Callable[[Master], int]
+
+
+def plain_size(master: Master) -> int:
+    """Return what a master takes in host RAM if nothing of it is coded there."""
+    return master.plain_bytes
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -70,6 +77,7 @@ def assemble(
     locations: dict[str, TensorLocation],
     known: dict[int, Master],
     prepare: Callable[[list[Master]], None] | None = None,
+    host_size: HostSize = plain_size,
 ) -> Assembly:
     """Make layers from a partition; changes no tensor.
 
@@ -79,6 +87,7 @@ def assemble(
         locations: where the bytes of tensors lie that were never in memory, by name.
         known: masters from an earlier assembly of the same model, which are kept.
         prepare: called with the masters of layers before these are measured.
+        host_size: what a master takes where it waits in host RAM.
     """
     masters: dict[int, Master] = {}
     may_stay = policy.preparing is not None
@@ -92,7 +101,7 @@ def assemble(
         masters[id(group.members[0].tensor)] = master
         return master
 
-    in_ram = choose_tiers(found, policy, locations, known)
+    in_ram = choose_tiers(found, policy, locations, known, host_size)
     layers = []
     for index, sketch in enumerate(found.layers):
         on_disk = index not in in_ram
@@ -140,6 +149,7 @@ def choose_tiers(
     policy: ResolvedPolicy,
     locations: dict[str, TensorLocation],
     known: dict[int, Master],
+    host_size: HostSize,
 ) -> frozenset[int]:
     """Choose the layers whose masters wait in host RAM, by index.
 
@@ -148,6 +158,7 @@ def choose_tiers(
         policy: the host limit, and in which dtypes masters rest.
         locations: where the bytes of tensors lie, by name, if not in host RAM.
         known: masters that stay where they are, and count first.
+        host_size: what a master takes where it waits in host RAM.
     """
     everything = frozenset(range(len(found.layers)))
     if policy.host_limit_bytes is None:
@@ -175,7 +186,7 @@ def choose_tiers(
             copy_bytes=layer.copy_bytes,
             resident_bytes=layer.resident_bytes,
             held=index in found.held,
-            host_bytes=sum(master.nbytes for master in tiers[False]),
+            host_bytes=sum(map(host_size, tiers[False])),
         )
         specs.append(spec)
     room = host_bytes_left(

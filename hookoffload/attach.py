@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from .attached import are_attached, require_whole, sessions_of
+from .cached_codes import CodeCache
 from .checks import check_model, check_owners, check_policy, warn_of_unmatched
 from .fp8_choice import tell_of_wide_linears
 from .group import Group
@@ -85,9 +86,19 @@ def attach_offload_hooks(
 
 
 def attach_one(
-    model: ModuleT, policy: OffloadPolicy, locations: dict[str, TensorLocation]
+    model: ModuleT,
+    policy: OffloadPolicy,
+    locations: dict[str, TensorLocation],
+    code_cache: CodeCache | None = None,
 ) -> ModuleT:
-    """Attach a model some of whose tensors lie in files, by name."""
+    """Attach a model some of whose tensors lie in files, by name.
+
+    Args:
+        model: the model.
+        policy: what the user wants.
+        locations: where tensors lie; with a cache, that of their codes is added.
+        code_cache: where their codes are kept, if they are to be.
+    """
     check_policy(policy)
     with _ATTACHING:  # of two threads with one model, the second finds it attached
         check_model(model)
@@ -95,7 +106,9 @@ def attach_one(
         resolved = policy.resolve()
         check_tensors(model)
         check_packed(model, resolved.compute_device)
-        session = Session(model, resolved, locations, poison=policy.debug)
+        session = Session(
+            model, resolved, locations, poison=policy.debug, code_cache=code_cache
+        )
         warn_of_unmatched([session])
         tell_of_wide_linears([session])
         session.begin()

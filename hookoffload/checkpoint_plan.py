@@ -54,6 +54,8 @@ class Tiers:
             disk or not.
         coded_bytes: What so many values of a dtype take where they are coded; 0 where
             they are not.
+        codes_kept: Whether a cache has the codes: then layers are coded on disk, too,
+            and what they take is known before they are divided.
     """
 
     device: str
@@ -62,6 +64,7 @@ class Tiers:
     may_stay: bool = True
     held_as: Callable[[str, bool], HeldAs] = held_as_it_is
     coded_bytes: Callable[[str, int], int] | None = None
+    codes_kept: bool = False
 
     @property
     def kind(self) -> str:
@@ -94,10 +97,12 @@ def plan_of_headers(
     names = list(modules)
     chains = _chains(names)
     held = {index for chain in chains for index in chain[:-1]}
-    # Of thousands of layers most are of a few kinds.
-    sized = cache(partial(_sized, tiers))
 
-    def specs_of(on_disk: Callable[[int], bool]) -> list[LayerSpec]:
+    def specs_of(
+        on_disk: Callable[[int], bool], tiers: Tiers = tiers
+    ) -> list[LayerSpec]:
+        # Of thousands of layers most are of a few kinds.
+        sized = cache(partial(_sized, tiers))
         return [
             LayerSpec(
                 name=name or _ROOT,
@@ -113,9 +118,10 @@ def plan_of_headers(
     if tiers.host_limit_bytes is None:
         specs = specs_of(lambda _: tiers.on_disk)
     else:
+        known = tiers if tiers.codes_kept else replace(tiers, coded_bytes=None)
         in_ram = _host_tier(
             specs_of(lambda _: True),
-            specs_of(lambda _: False),
+            specs_of(lambda _: False, known),
             tiers.host_limit_bytes,
             tiers.kind,
         )
@@ -206,7 +212,8 @@ def _sized(
         held_as = tiers.held_as(code, on_disk)
         count = nbytes // ITEMSIZES[code]
         coded = 0
-        if tiers.coded_bytes is not None and set(held_as) == {code}:
+        codable = not on_disk or tiers.codes_kept
+        if tiers.coded_bytes is not None and codable and set(held_as) == {code}:
             coded = tiers.coded_bytes(code, count)
         label = (held_as.rest, held_as.compute)
         dtypes.append((f"{code} coded",) * 2 if coded else label)

@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .budget import BudgetExceededError, MemoryBudget, format_gib
+from .codable import can_code, can_pay, expected_bytes, looked_up
 from .coded_residents import LEAST_GAIN, spread
-from .coding import can_pay, expected_bytes, looked_up, make_codes
+from .coding import make_codes
 from .cost import Rates
 from .host_memory import spare_memory
 from .layer import Layer
@@ -54,6 +55,8 @@ Codable = Sequence[Sequence[Master]]
 
 def follow(session: Session, measured: MeasuredPass) -> None:
     """Have coded, and kept coded, what a measured pass says that pays."""
+    if not can_code(session.policy):
+        return  # since another host limit was set: what passes through a disk waits
     plan = session.mover.plan
     assert plan is not None, "what was measured is of a plan"
     streamed: Codable = []

@@ -6,30 +6,35 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 
 import torch
-from torch import nn
 
-from .assembly import Assembly, assemble, only_looked_up
+from .assembly import Assembly, assemble, make_master, only_looked_up
 from .budget import BudgetExceededError, MemoryBudget
-from .gather import can_gather
+from .cached_codes import CodeCache, codes_open
+from .codable import (
+    can_code,
+    can_pay,
+    codes_pay,
+    foreseen,
+    has_place_for_code,
+    host_sizes,
+    looked_up,
+    waits_off_device,
+)
 from .host_memory import automatic_limit
 from .lossless import TIMED_BYTES, decode_seconds, fused_decoder
 from .lossless_device import BYTES_PER_VALUE, CHUNK_VALUES, DeviceEncoder
-from .lossless_encoder import CODED_DTYPES, ChunkEncoder
+from .lossless_encoder import ChunkEncoder
 from .lossless_host import HostEncoder
-from .lossless_layout import CodeLayout
 from .master import Master
 from .master_code import MasterCode
 from .partition import Partition
 from .pass_planner import PassPlanner
-from .plan import Plan
 from .progress import progress_bar
 from .resolved_policy import ResolvedPolicy
 from .safetensors_file import TensorLocation
-
-# Less is not worth a launch of a decoder.
-LEAST_CODED_BYTES = 2**16
 
 # Behind so many, copies in host RAM and the link are what takes the time; with fewer
 # than a few, they wait for each other.
@@ -61,9 +66,9 @@ def assemble_coded(
     """
     wanted: set[int] | None = None
     tables_only: frozenset[int] = frozenset()
-    if policy.codec != "lossless" or not can_code(policy):
+    if policy.codec != "lossless" or not waits_off_device(policy):
         assembly = assemble(found, policy, locations, known)
-        if policy.codec is None or not can_code(policy):
+        if policy.codec != "auto" or not can_code(policy):
             return assembly
         order = tuple(sorted(assembly.moving))
         tables_only = frozenset(only_looked_up(found))
@@ -82,20 +87,28 @@ def assemble_coded(
     new: list[Master] = []
 
     def prepare(masters: list[Master]) -> None:
-        chosen = [m for m in masters if m.code is None and can_pay(m, tables)]
-        if wanted is not None:
-            chosen = [master for master in chosen if id(master) in wanted]
-            new.extend(chosen)
-        if budget is not None:
-            _encode(chosen, policy, budget, Master.encode)
-            return
-        for master in chosen:
-            code = foreseen(master.count, master.codec.rest)
-            if code is not None:
-                master.code_as(code)
+        with codes_open(masters):
+            chosen = [
+                master
+                for master in masters
+                if master.code is None
+                and can_pay(master, tables)
+                and has_place_for_code(master, policy)
+            ]
+            if wanted is not None:
+                chosen = [master for master in chosen if id(master) in wanted]
+                new.extend(chosen)
+            if budget is not None:
+                _encode(chosen, policy, budget, Master.encode)
+        if budget is None:
+            for master in chosen:
+                code = foreseen(master.count, master.codec.rest)
+                if code is not None:
+                    master.code_as(code)
 
     with torch.inference_mode(False):
-        coded = assemble(found, policy, locations, known, prepare)
+        host_size = host_sizes(found, policy)
+        coded = assemble(found, policy, locations, known, prepare, host_size)
     if wanted is not None and not _fits(coded, tables_only, planner):
         for master in new:
             master.forget_code()
@@ -114,61 +127,45 @@ def _fits(
     return True
 
 
-def foreseen(count: int, dtype: torch.dtype) -> MasterCode | None:
-    """Return what a code of so many values will take, without their values."""
-    if dtype not in CODED_DTYPES or count * dtype.itemsize < LEAST_CODED_BYTES:
-        return None
-    return MasterCode(CodeLayout(dtype=dtype, count=count, base=0, patches=0), 0)
+def complete_codes(
+    cache: CodeCache,
+    found: Partition,
+    policy: ResolvedPolicy,
+    locations: dict[str, TensorLocation],
+    budget: MemoryBudget,
+) -> None:
+    """Have a cache keep the codes of a model's weights, and these know them.
 
-
-def can_code(policy: ResolvedPolicy) -> bool:
-    """Tell whether all layers wait in host RAM; files stay as they are."""
-    in_ram = policy.onload.device == torch.device("cpu")
-    return in_ram and policy.host_limit_bytes is None
-
-
-def codes_pay(policy: ResolvedPolicy, plan: Plan) -> bool:
-    """Tell whether "auto" wants codes.
+    Comes before layers are divided among tiers, which needs sizes.
 
     Args:
+        cache: the cache.
+        found: the partition of the model.
         policy: what the user wants.
-        plan: the plan without codes. If it copies nothing over a link in each pass,
-            codes would only have to be decoded.
+        locations: where the weights lie, by name; see `CodeCache.complete`.
+        budget: of the compute device.
+
+    Raises:
+        CheckpointError: The cache's entry is damaged, or the disk is full.
     """
-    return policy.codec == "auto" and has_link(policy) and plan.pass_bytes > 0
+    tables = looked_up(site.module for site in found.sites)
+    divided = policy.host_limit_bytes is not None
+    tiers = (True, False) if divided else (policy.onload.on_disk,)
 
+    def codable() -> Iterable[Master]:
+        for group in chain.from_iterable(sketch.groups for sketch in found.layers):
+            for on_disk in tiers:
+                master = make_master(
+                    group, policy, locations, always=False, on_disk=on_disk
+                )
+                if can_pay(master, tables):
+                    yield master
+                    break
 
-def has_link(policy: ResolvedPolicy) -> bool:
-    """Tell whether weights that wait cross a link to where they compute."""
-    return can_code(policy) and policy.compute_device.type != "cpu"
-
-
-def looked_up(modules: Iterable[nn.Module]) -> frozenset[int]:
-    """Return the ids of the tables whose rows are looked up where they rest."""
-    return frozenset(
-        id(module._parameters.get("weight")) for module in modules if can_gather(module)
-    )
-
-
-def expected_bytes(master: Master) -> int:
-    """Return what a code of a master will take."""
-    code = foreseen(master.count, master.codec.rest)
-    return master.plain_bytes if code is None else code.nbytes
-
-
-def can_pay(master: Master, tables: frozenset[int]) -> bool:
-    """Tell whether a master may be coded, and is worth it.
-
-    Args:
-        master: the master.
-        tables: see `looked_up`.
-    """
-    codec = master.codec
-    one_dtype = codec.rest == codec.compute == codec.resident == master.flat.dtype
-    if not (master.castable and one_dtype and codec.rest in CODED_DTYPES):
-        return False
-    is_table = any(id(member.tensor) in tables for member in master.members)
-    return master.plain_bytes >= LEAST_CODED_BYTES and not is_table
+    with torch.inference_mode(False):
+        cache.complete(
+            locations, codable, lambda masters: make_codes(masters, policy, budget)
+        )
 
 
 def renew_codes(
@@ -193,7 +190,8 @@ def make_codes(
         if code is not None:
             made.append((master, code))
 
-    _encode(masters, policy, budget, make)
+    with codes_open(masters):
+        _encode(masters, policy, budget, make)
     return made
 
 

@@ -64,18 +64,6 @@ class ConversionCache:
         self.folder = Path(default if folder is None else folder).expanduser()
         self.used_temporary_folder = False
 
-    def kept(
-        self, maker: str, sources: Locations, files: Sequence[Path]
-    ) -> dict[str, TensorLocation] | None:
-        """Return what `converted` would find without making it, None if nothing.
-
-        Args:
-            maker: the digest of what converts.
-            sources: the checkpoint's tensors that results may lie in.
-            files: the checkpoint's files.
-        """
-        return _open(self.folder / _key(maker, sources, _states(files)), sources)
-
     def converted(
         self,
         what: str,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .master import Master
-from .safetensors_file import TensorLocation
 from .tensor_bytes import memory
 
 # Several must be under way to keep a disk busy, and each must be worth its call.
@@ -61,7 +60,7 @@ class Chunk:
         Raises:
             CheckpointError: The file ends early or cannot be read.
         """
-        locations = [_file_of(part.master) for part in self.parts]
+        locations = [part.master.source for part in self.parts]
         known = [location for location in locations if location is not None]
         if len(known) < len(self.parts):  # in RAM, maybe since the chunk was cut
             for part in self.parts:
@@ -100,16 +99,11 @@ def chunks_of(masters: Sequence[Master], most: int) -> list[Chunk]:
 
 
 def _place(master: Master) -> tuple[int, int]:
-    location = _file_of(master)
+    location = master.source
     return (0, 0) if location is None else (id(location.file), location.offset)
 
 
 def _position(master: Master, start: int) -> object:
     """Return where a byte lies in its file; None in RAM, where nothing is beside it."""
-    location = _file_of(master)
+    location = master.source
     return None if location is None else (id(location.file), location.offset + start)
-
-
-def _file_of(master: Master) -> TensorLocation | None:
-    """Return where a master is read, if not in RAM (where a code of it is)."""
-    return None if master.in_ram else master.location

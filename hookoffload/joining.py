@@ -57,9 +57,8 @@ class Handover:
                 )
             old.offload()  # what waits in RAM and rests in a file lies there again
             names = {id(m.tensor): m.name + m.path for m in group_tensors(old.model)[0]}
-            # The file of a code, if there was one, is closed since it was read.
             self._left = {
-                names[id(member.tensor)]: replace(master.location, kept=None)
+                names[id(member.tensor)]: master.location
                 for master in old.store.masters_in_files()
                 for member in master.members[:1]
                 if master.location is not None and id(member.tensor) in names

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,13 +12,12 @@ import torch
 from torch import nn
 
 from .attach import attach_one
+from .cached_codes import CodeCache
 from .checkpoint import open_checkpoint
-from .code_cache import find_codes, keep_codes
-from .coding import can_code
+from .codable import check_makes_codes
 from .conversion_cache import ConversionCache
 from .converting import Converter, Locations, convert
 from .file_maps import OwnMaps
-from .master import Master
 from .model_building import build_empty
 from .packed import with_parts
 from .policy import OffloadPolicy
@@ -87,9 +85,10 @@ def load_model(
             cache directory. If it cannot be written, what is computed goes to a
             temporary folder.
         cache_codes: keep the codes of ``codec="lossless"`` in the cache folder, three
-            quarters of the weights' size. A later load of the same files reads them
-            instead of the weights, and has nothing to encode. What `torch.save` made,
-            or a converter computes, has to be kept there too.
+            quarters of the weights' size. They are read instead of the weights, by
+            this load and by later ones of the same files, which have nothing to
+            encode. Layers that wait on disk are read from there in each pass. What
+            `torch.save` made, or a converter computes, has to be kept there too.
         progress: show bars for what takes longer than a second.
 
     Returns:
@@ -118,14 +117,10 @@ def load_model(
     policy = policy or OffloadPolicy()
     resolved = policy.resolve()
     on_disk = resolved.offload.on_disk
-    # What is coded rests in the file, and its code in RAM.
+    # What is coded rests in the file, and its code in RAM or in the cache.
     stays = on_disk or resolved.codec is not None
-    if cache_codes and not (resolved.codec == "lossless" and can_code(resolved)):
-        raise ValueError(
-            "cache_codes=True keeps what codec='lossless' makes for weights that wait "
-            "in host RAM, and this policy makes no such codes: leave out cache_codes, "
-            'or set codec="lossless" with store="cpu" and without host_limit_gb'
-        )
+    if cache_codes:
+        check_makes_codes(resolved)
     cache = ConversionCache(cache_dir)
     with ExitStack() as opened, progress_shown(progress):
         locations = open_checkpoint(checkpoint, cache)
@@ -138,46 +133,28 @@ def load_model(
         slots = slots_of(model, {weight.name for weight in saved})
         apart = locations.keys() - {name for weight in saved for name in weight.names}
         check_fit(slots, {n: locations[n] for n in apart}, checkpoint)
-        kept = find_codes(cache, locations) if cache_codes else None
-        for code in (kept or {}).values():
-            opened.callback(code.close)
-        if kept:
-            locations = {
-                name: replace(location, kept=kept.get(name))
-                for name, location in locations.items()
-            }
         stay = _assign(slots, saved, locations, apart=stays)
         _close_later(opened, stay)
-        attach_one(model, policy, stay)
+        keeps = cache_codes and not cache.used_temporary_folder
+        code_cache = CodeCache(cache, locations) if keeps else None
+        if code_cache is not None:
+            opened.callback(code_cache.close)
+        attach_one(model, policy, stay, code_cache)
         session = session_of(model)
         assert session is not None, "it has just been attached"
         session.loaded = True
         if stays:
             opened.pop_all()
-            for code in (kept or {}).values():
-                code.close()
-            if cache_codes and kept is None and not cache.used_temporary_folder:
-                _keep_codes(cache, locations, stay, session.store.masters)
             whole = on_disk and resolved.host_limit_bytes is None
-            used = _files_of(stay) if whole else session.store.files
+            used = session.store.files
+            if whole:
+                used |= _files_of(stay)
             for file in (_files_of(locations) | _files_of(stay)) - used:
                 file.close()
         # In RAM they have no place in a file any more, nor have those that the user
         # registers later under the same names.
         stay.clear()
         return model
-
-
-def _keep_codes(
-    cache: ConversionCache, locations: Locations, stay: Locations, masters: list[Master]
-) -> None:
-    names = {id(locations[name]): name for name in locations}
-    codes = {
-        names[id(master.location)]: master.code
-        for master in masters
-        if master.code is not None and id(master.location) in names
-    }
-    keep_codes(cache, locations, codes)
 
 
 def _close_later(opened: ExitStack, locations: Locations) -> None:

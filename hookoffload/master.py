@@ -195,19 +195,30 @@ class Master:
         return mine == {id(managed.tensor) for managed in group.members}
 
     @property
+    def source(self) -> TensorLocation | None:
+        """Where in a file what is copied lies; None if it lies in host RAM."""
+        return self.location if self.code is None else self.code.location
+
+    @property
     def in_ram(self) -> bool:
         """Whether what is copied lies in host RAM (and not in a file)."""
-        return self.location is None or self.code is not None
+        return self.source is None
 
     def read_into(self, destination: torch.Tensor, start: int = 0) -> None:
         """Copy what is copied, from byte ``start`` on, into a ``uint8`` CPU tensor.
 
         Fills the whole destination, which may be shorter than the master.
         """
-        if self.location is not None and self.code is None:
-            self.location.file.read_into(self.location, destination, start)
+        source = self.source
+        if source is not None:
+            source.file.read_into(source, destination, start)
         else:
             destination.copy_(self.bytes[start : start + destination.numel()])
+
+    @property
+    def copied_revision(self) -> int:
+        """The revision of which the bytes that are copied are."""
+        return self.revision if self.code is None else self.code.revision
 
     def encode(self, encoder: ChunkEncoder) -> None:
         """Have a code of the bytes as they are now, if they would shrink by it.
@@ -225,14 +236,21 @@ class Master:
     def make_code(self, encoder: ChunkEncoder) -> MasterCode | None:
         """Return a code of the bytes as they are now; None if they would not shrink.
 
+        Where a cache has it, it is read from there, or stays there if this waits on
+        disk.
+
         Args:
             encoder: what encodes them.
+
+        Raises:
+            CheckpointError: What the cache has is damaged.
         """
         kept = None if self.location is None else self.location.kept
-        coded = None if kept is None else kept.read()
-        if coded is None:
-            read = self._reader()
-            coded = encode_from(read, self.count, self.flat.dtype, encoder)
+        if kept is not None and self.on_disk:
+            return MasterCode.in_file(kept.layout, kept.checked(), self.revision)
+        if kept is not None:
+            return MasterCode.of(kept.read(), self.revision)
+        coded = encode_from(self._reader(), self.count, self.flat.dtype, encoder)
         return None if coded is None else MasterCode.of(coded, self.revision)
 
     @property

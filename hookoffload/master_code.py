@@ -16,6 +16,12 @@ between passes as without a codec; or it keeps the coded bytes there and is deco
 the scratch for each forward, see [Note: residents that are kept coded]. Then its
 members rest at their masters between forwards, as those of streamed layers do.
 
+Codes that a cache on disk has, see [Note: kept codes], stay there for masters that
+wait on disk: ``MasterCode.location`` says where, and a layer's bytes are read from
+there. The bytes at rest stay a map of the checkpoint, which nothing reads meanwhile.
+Such a code has no room for other patches. The first edit makes it one in host RAM,
+where the edited weights are by then.
+
 A code belongs to one revision of its master. Onload, for all of them at once, and
 `Layer.revision`, before a copy begins, have the code of a master that was written to
 made anew, in the same bytes; the layer keeps its geometry. Values that then need more
@@ -31,6 +37,7 @@ from .host_memory import empty_pages
 from .lossless import Coded, decode, encode_from
 from .lossless_encoder import ChunkEncoder, Reader
 from .lossless_layout import BYTES_PER_PATCH, CodeLayout
+from .safetensors_file import TensorLocation
 
 # Edited weights have other rare exponents than before, though not many more.
 _SPARE_PATCHES = 256
@@ -42,15 +49,23 @@ class MasterCode:
     Args:
         layout: what the bytes mean, or are expected to.
         revision: of the master that they stand for.
+
+    Attributes:
+        data: the bytes in host RAM; none if they lie in a file.
+        location: where in a file they lie; None in host RAM.
+        nbytes: how many are copied: of a code in host RAM with room for other patches.
+        fits: whether they are the code of the bytes at rest, which may need more.
     """
 
-    __slots__ = ("data", "fits", "layout", "nbytes", "revision")
+    __slots__ = ("data", "fits", "layout", "location", "nbytes", "revision")
 
     def __init__(self, layout: CodeLayout, revision: int) -> None:
         spare = (layout.patches // 2 + _SPARE_PATCHES) * BYTES_PER_PATCH
+        saved = max(layout.raw_bytes - layout.nbytes, 0)
         self.layout = layout
-        self.nbytes = layout.nbytes + spare // 16 * 16
+        self.nbytes = layout.nbytes + min(spare, saved) // 16 * 16
         self.data = torch.empty(0, dtype=torch.uint8)  # dropped, or only expected
+        self.location: TensorLocation | None = None
         self.revision = revision
         self.fits = True
 
@@ -62,8 +77,17 @@ class MasterCode:
         code.data = coded.buffer[: code.nbytes]
         return code
 
+    @classmethod
+    def in_file(
+        cls, layout: CodeLayout, location: TensorLocation, revision: int
+    ) -> MasterCode:
+        """Have coded bytes stay where they are."""
+        code = cls(layout, revision)
+        code.nbytes, code.location = location.nbytes, location
+        return code
+
     def renew(self, read: Reader, revision: int, encoder: ChunkEncoder) -> None:
-        """Encode other values of the same count into the same bytes.
+        """Encode other values of the same count into as many bytes, in host RAM.
 
         Args:
             read: returns values by their indices.
@@ -78,11 +102,14 @@ class MasterCode:
         if coded is not None and self.fits:
             self.data[: coded.layout.nbytes].copy_(coded.data)
             self.layout = coded.layout
+        self.location = None
         # Last: behind an interrupt it is done again.
         self.revision = revision
 
     def drop(self) -> None:
-        """Give the memory back until `renew`."""
+        """Give the memory back until `renew`; there is none if it lies in a file."""
+        if self.location is not None:
+            return
         self.data = torch.empty(0, dtype=torch.uint8)
         self.revision = -1
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .codable import has_link
 from .coded_residents import LEAST_GAIN
-from .coding import has_link
 from .mover import LayerMover
 from .plan import Plan
 from .resolved_policy import ResolvedPolicy

@@ -80,12 +80,14 @@ class OffloadPolicy:
         record: Note what happens in each pass, for `report(model)`. Costs little.
         codec: "lossless" codes bf16 weights that wait in host RAM in 12 bits (fp32 in
             28) and decodes them on the compute device, bit for bit: a quarter less to
-            copy. Where not all layers fit the limit, those that stay on the compute
-            device are coded there, too, so that more of them do. Those of `load_model`
-            take a quarter less RAM as well; a tensor that is in RAM at attach stays
-            there, beside its code. "auto" measures a forward, and does so for as many
+            copy. What waits on disk is read so where `load_model` keeps the codes
+            (`cache_codes=True`), and otherwise as it is. Where not all layers fit the
+            limit, those that stay on the compute device are coded there, too, so that
+            more of them do. Those of `load_model` take a quarter less RAM as well; a
+            tensor that is in RAM at attach stays there, beside its code (with a host
+            limit it gets none). "auto" measures a forward, and does so for as many
             layers as the link has too little time for; of `load_model`, at first for
-            all that stream.
+            all that stream. It leaves alone what waits on disk.
 
     Raises:
         ValueError: A value is not legal, or two of them contradict each other.
@@ -132,12 +134,6 @@ class OffloadPolicy:
         if self.codec not in (None, "lossless", "auto"):
             raise ValueError(
                 f"codec={self.codec!r} is unknown; use 'lossless', 'auto' or None"
-            )
-        if self.codec == "lossless" and self.host_limit_gb is not None:
-            raise ValueError(
-                f"codec='lossless' codes what waits in RAM and host_limit_gb="
-                f"{self.host_limit_gb:g} keeps layers in their files as they are: "
-                "leave one of them out, or say codec='auto'"
             )
         checked_dtype("compute_dtype", self.compute_dtype)
         checked_dtype("storage_dtype", self.storage_dtype)

@@ -16,8 +16,9 @@ from torch import nn
 from .assembly import Assembly
 from .budget import BudgetExceededError, MemoryBudget
 from .checkpoint_plan import HeldAs, Tiers, dtype_label, plan_of_headers
+from .codable import can_code, check_makes_codes, foreseen
 from .codec import Codec, choose_codec
-from .coding import assemble_coded, can_code, foreseen
+from .coding import assemble_coded
 from .cost import Rates
 from .device_memory import DeviceMemory
 from .gather import lookup_of
@@ -75,7 +76,11 @@ def plan_of_model(model: nn.Module, policy: OffloadPolicy, rates: Rates | None) 
 
 
 def plan_of_checkpoint(
-    checkpoint: Checkpoint, policy: OffloadPolicy, rates: Rates | None
+    checkpoint: Checkpoint,
+    policy: OffloadPolicy,
+    rates: Rates | None,
+    *,
+    cache_codes: bool = False,
 ) -> Plan:
     """Plans for a checkpoint from the headers of its files; reads no tensor.
 
@@ -83,6 +88,7 @@ def plan_of_checkpoint(
         checkpoint: As for `load_model`.
         policy: The limit, the placements and the dtypes; its module map is not used.
         rates: How fast the machine is, if that is known.
+        cache_codes: As for `load_model`.
 
     Raises:
         CheckpointError: A file is missing or damaged.
@@ -90,6 +96,8 @@ def plan_of_checkpoint(
         BudgetExceededError: The limit is below the least that the model needs.
     """
     resolved = policy.resolve(here=False)
+    if cache_codes:
+        check_makes_codes(resolved)
     on_disk = resolved.onload.on_disk
     if not on_disk and resolved.onload.device != CPU:
         raise ValueError(
@@ -104,13 +112,12 @@ def plan_of_checkpoint(
         may_stay=resolved.preparing is not None,
         held_as=partial(_held_as, resolved),
     )
-    coded = replace(tiers, coded_bytes=_coded_bytes)
-    can = can_code(resolved)
-    if can and resolved.codec == "lossless":
+    coded = replace(tiers, coded_bytes=_coded_bytes, codes_kept=cache_codes)
+    if resolved.codec == "lossless":
         tiers = coded
     limit = resolved.limit_bytes
     plan = plan_of_headers(checkpoint, tiers, limit_bytes=limit, rates=rates)
-    if not can or resolved.codec != "auto":
+    if resolved.codec != "auto" or not can_code(resolved):
         return plan
     return _faster(
         plan,

@@ -36,7 +36,7 @@ class ResolvedPolicy:
         host_limit_bytes: The most host RAM for weights, where the others wait on disk;
             None: all wait where `onload` says.
         record: Whether to note what happens in a run.
-        codec: How weights that wait in host RAM are coded: "lossless", "auto" or None.
+        codec: How weights that wait are coded: "lossless", "auto" or None.
         asked: The policy that was resolved.
     """
 

@@ -16,8 +16,9 @@ from torch import nn
 from .adapters import Adapters
 from .always import AlwaysResident
 from .budget import MemoryBudget
+from .cached_codes import CodeCache
 from .calls import CallTracker, TurnTaker, calls_under_way
-from .coding import assemble_coded, renew_codes
+from .coding import assemble_coded, complete_codes, renew_codes
 from .containers import map_tensors
 from .edits import Edits
 from .entry_site import EntrySite
@@ -78,6 +79,7 @@ class Session(NotCopied):
         locations: where the bytes of tensors lie that were never in memory.
         poison: overwrite released memory, to find late readers.
         group: the models with which this one shares a limit.
+        code_cache: where codes of the tensors in files are kept, if they are to be.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Session(NotCopied):
         *,
         poison: bool = False,
         group: Group | None = None,
+        code_cache: CodeCache | None = None,
     ) -> None:
         self.session = self
         self.model = model
@@ -147,7 +150,10 @@ class Session(NotCopied):
         self.adapters = Adapters(self)
         self.state_hooks = StateHooks(self)
         self.inventory = Inventory()
-        self._build(partition(model, self.map))
+        found = partition(model, self.map)
+        if code_cache is not None:
+            complete_codes(code_cache, found, policy, locations, self.budget)
+        self._build(found)
         self.store = Store(self.moved_masters, policy.disk_dir)
         self.page_lock = PageLock(
             policy.compute_device,

@@ -285,4 +285,4 @@ def _reads_of(masters: Masters) -> Iterator[StagedRead]:
 
 
 def _revision(masters: Masters) -> int:
-    return sum(master.revision for master in masters)
+    return sum(master.copied_revision for master in masters)

@@ -26,7 +26,7 @@ class OffloadStats:
         host_bytes: Host RAM that waiting weights take now, with the buffers that files
             are read into; the figure that is held against the host limit.
         host_limit_bytes: The host limit; None: there is none.
-        disk_bytes: Weights that wait in files.
+        disk_bytes: Weights that wait in files, or what their codes take there.
         bytes_read: Bytes that forwards had read from files.
         coded_bytes: Bytes of the weights that are coded losslessly, as they wait in
             host RAM and are copied.

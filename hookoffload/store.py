@@ -45,6 +45,8 @@ class Store:
         self._folder: SpillFolder | None = None
         self._written = 0  # files, for their names
         self._files = {m.location.file for m in masters if m.location is not None}
+        self._code_files: set[CheckpointFile] = set()
+        self._note_code_files()
         self._mapped: dict[int, tuple[torch.Tensor, TensorLocation]] = {}
         self._origins = Origins()
 
@@ -73,6 +75,7 @@ class Store:
         Raises:
             CheckpointError: The folder cannot be written, or has too little room.
         """
+        self._note_code_files()
         if placement.on_disk:
             self._origins.take_back(masters)
             self._spill(masters, placement.dtype)
@@ -83,6 +86,16 @@ class Store:
         self._origins.note(origins)
         self._files = {m.location.file for m in self.masters if m.location is not None}
         self._cast(masters, placement.dtype)
+
+    def _note_code_files(self) -> None:
+        """Know the files whose codes are read, and close those that no master reads."""
+        codes = [m.code for m in self.masters if m.code is not None]
+        used = {code.location.file for code in codes if code.location is not None}
+        places = [m.location for m in self.masters if m.location is not None]
+        kept = {place.kept.file for place in places if place.kept is not None}
+        for file in (self._code_files | kept) - used:
+            file.close()
+        self._code_files = used
 
     @staticmethod
     def _read(masters: Sequence[Master], dtype: torch.dtype | None) -> None:
@@ -212,8 +225,8 @@ class Store:
 
     @property
     def files(self) -> frozenset[CheckpointFile]:
-        """The open files, the user's and the library's own."""
-        return frozenset(self._files)
+        """The open files, the user's and the library's own, with those of codes."""
+        return frozenset(self._files | self._code_files)
 
     @property
     def host_bytes(self) -> int:
@@ -243,7 +256,7 @@ class Store:
 
     def choose_reads(self) -> None:
         """Read the user's files past the page cache where it cannot hold them."""
-        files = {m.location.file for m in self.masters if m.location is not None}
+        files = {m.source.file for m in self.masters if m.source is not None}
         files = {file for file in files if not file.writable_shared}
         if sum(file.nbytes for file in files) <= reclaimable_memory():
             return
@@ -262,8 +275,21 @@ class Store:
 
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` if a file changed since it was opened."""
-        for file in self._files:
-            file.check_unchanged()
+        for file in self.files:
+            try:
+                file.check_unchanged()
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}{self._held_by(file)}") from error
+
+    def _held_by(self, file: CheckpointFile) -> str:
+        """Say for an error which weights a file holds."""
+        places = [p for m in self.masters for p in (m.location, m.source) if p]
+        names = sorted({place.name for place in places if place.file is file})
+        if not names:
+            return ""
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        codes = "the code of " if file in self._code_files else ""
+        return f" It holds {codes}{names[0]!r}{more}."
 
     def restore(self) -> None:
         """Give every member its original device and dtype back, the value at rest.
@@ -297,9 +323,10 @@ class Store:
 
     def close(self) -> None:
         """Close the files, and remove those that this store wrote."""
-        for file in self._files:
+        for file in self.files:
             file.close()
         self._files.clear()
+        self._code_files.clear()
         self._mapped.clear()
         self._origins.forget()
         if self._folder is not None:

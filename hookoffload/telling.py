@@ -39,6 +39,7 @@ def offload_plan(
     policy: OffloadPolicy | None = None,
     *,
     rates: Rates | None = None,
+    cache_codes: bool = False,
 ) -> Plan: ...
 
 
@@ -48,6 +49,7 @@ def offload_plan(
     policy: OffloadPolicy | None = None,
     *,
     rates: Rates | None = None,
+    cache_codes: bool = False,
 ) -> Plans: ...
 
 
@@ -56,6 +58,7 @@ def offload_plan(
     policy: OffloadPolicy | None = None,
     *,
     rates: Rates | None = None,
+    cache_codes: bool = False,
 ) -> Plan | Plans:
     """Return what is resident, what streams, and what a pass costs.
 
@@ -70,6 +73,7 @@ def offload_plan(
         policy: what to plan for; default for a checkpoint: unlimited. Its devices
             need not be there. An attached model has its own.
         rates: how fast the machine is; with them the plan says how long a pass takes.
+        cache_codes: as for `load_model`, and for a checkpoint only.
 
     Returns:
         The plan; ``print`` it for a table in GiB. Of several models a mapping of
@@ -90,7 +94,14 @@ def offload_plan(
     """
     if isinstance(models, str | os.PathLike | list | tuple):
         check_policy(policy or OffloadPolicy())
-        return plan_of_checkpoint(models, policy or OffloadPolicy(), rates)
+        return plan_of_checkpoint(
+            models, policy or OffloadPolicy(), rates, cache_codes=cache_codes
+        )
+    if cache_codes:
+        raise ValueError(
+            "cache_codes=True says how a checkpoint will be loaded; leave it out for "
+            "models, whose plan tells by itself what is coded"
+        )
     if are_several(models):
         members = distinct(members_of(models))
         if policy is None or are_attached(models):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .assembly import choose_tiers
+from .codable import host_sizes
 from .codec import Codec
 from .master import Master
 from .master_code import MasterCode
@@ -55,7 +56,8 @@ class Tiers:
             if master.location is not None and _is_users(master)
             for member in master.members
         }
-        in_ram = choose_tiers(found, policy, locations, {})
+        host_size = host_sizes(found, policy)
+        in_ram = choose_tiers(found, policy, locations, {}, host_size)
         chosen = {}
         for index, sketch in enumerate(found.layers):
             on_disk = index not in in_ram

@@ -49,6 +49,7 @@ def test_dit_under_a_limit_gives_the_plain_model_s_output(tmp_path: Path) -> Non
         ("rss", 1),
         ("steady", 1),
         ("tiers", 5),
+        ("coded", 2),
         ("loading", 2),
         ("first", 1),
         ("others", 4),

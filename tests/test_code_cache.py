@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -74,11 +76,11 @@ def test_kept_codes_are_a_valid_file_with_metadata(checkpoint: Path) -> None:
     load(checkpoint)
     with safe_open(str(kept_file(checkpoint)), framework="pt") as file:
         metadata = file.metadata()
-        assert metadata["hookoffload.codes"] == "1"
+        assert metadata["hookoffload.codes"] == "2"
         names = set(file.keys())
         assert names == {f"blocks.{i}.weight" for i in range(6)}
         for name in names:
-            dtype, count, base, patches, _ = metadata[
+            dtype, count, base, patches, *_ = metadata[
                 f"hookoffload.codes.{name}"
             ].split()
             assert (dtype, int(count)) == ("BF16", 512 * 512)
@@ -123,12 +125,13 @@ NAME = "hookoffload.codes.blocks.3.weight"
     [
         (None, "metadata cannot be read"),
         ("BF16 262144 1", "metadata cannot be read"),
-        ("BF16 262144 1 x 5", "metadata cannot be read"),
-        ("BF16 262144 241 0 5", "metadata says"),
-        ("BF16 262144 1 -1 5", "metadata says"),
-        ("BF16 262145 1 0 5", "not that of the checkpoint's tensor"),
-        ("F32 131072 1 0 5", "not that of the checkpoint's tensor"),
-        ("BF16 262144 110 5000 5", "has not the"),
+        ("BF16 262144 1 0 5", "metadata cannot be read"),
+        ("BF16 262144 1 x 5 5", "metadata cannot be read"),
+        ("BF16 262144 241 0 5 5", "metadata says"),
+        ("BF16 262144 1 -1 5 5", "metadata says"),
+        ("BF16 262145 1 0 5 5", "not that of the checkpoint's tensor"),
+        ("F32 131072 1 0 5 5", "not that of the checkpoint's tensor"),
+        ("BF16 262144 110 5000 5 5", "has not the"),
     ],
 )
 def test_metadata_that_cannot_be_is_an_error(
@@ -151,8 +154,8 @@ def test_another_base_is_an_error(checkpoint: Path) -> None:
     ho.detach(load(checkpoint))
 
     def edit(metadata: dict[str, str]) -> None:
-        dtype, count, base, patches, checksum = metadata[NAME].split()
-        metadata[NAME] = f"{dtype} {count} {int(base) - 1} {patches} {checksum}"
+        dtype, count, base, *rest = metadata[NAME].split()
+        metadata[NAME] = " ".join((dtype, count, str(int(base) - 1), *rest))
 
     rewrite_header(kept_file(checkpoint), edit)
     with pytest.raises(ho.CheckpointError, match="checksum"):
@@ -185,17 +188,29 @@ def test_an_edit_of_weights_is_encoded_and_not_read(
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "named"),
     [
-        {"codec": None},
-        {"codec": "auto"},
-        {"store": "disk"},
-        {"codec": "auto", "host_limit_gb": 0.001},
+        ({"codec": None}, "codec=None makes none"),
+        ({"codec": "auto"}, "codec='auto' makes none"),
+        ({"codec": "auto", "host_limit_gb": 0.001}, "codec='auto' makes none"),
     ],
     ids=str,
 )
 def test_a_policy_that_keeps_no_codes_is_refused(
-    checkpoint: Path, fields: dict[str, Any]
+    checkpoint: Path, fields: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(ValueError, match="cache_codes=True keeps"):
+    with pytest.raises(ValueError, match="cache_codes=True keeps") as caught:
         load(checkpoint, policy=policy("cpu", **fields))
+    assert named in str(caught.value)
+
+
+def test_a_policy_that_has_weights_wait_decoded_is_refused(checkpoint: Path) -> None:
+    asked = ho.OffloadPolicy(
+        compute_device="cpu", codec="lossless", onload=ho.Placement(device="cpu")
+    )
+    resolved = replace(asked.resolve(), onload=ho.Placement(device="cuda"))
+    with (
+        patch.object(ho.OffloadPolicy, "resolve", lambda self: resolved),
+        pytest.raises(ValueError, match=r"cache_codes=True.*onload\.device='cuda'"),
+    ):
+        load(checkpoint, policy=asked)

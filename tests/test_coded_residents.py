@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hookoffload as ho
-from hookoffload import code_choice, coding, measured_pass
+from hookoffload import codable, code_choice, measured_pass
 from hookoffload.coded_residents import fastest
 from hookoffload.copies import Copy
 from hookoffload.copy_engine import StreamCopyEngine
@@ -613,8 +613,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
             return None
         return MeasuredPass(seconds=said["seconds"], stalled_seconds=said["stalled"])
 
-    for module in (coding, measured_pass):
-        monkeypatch.setattr(module, "has_link", coding.can_code)
+    for module in (codable, measured_pass):
+        monkeypatch.setattr(module, "has_link", codable.can_code)
     monkeypatch.setattr(PassMeter, "take", taken)
     monkeypatch.setattr(
         code_choice, "_measure", lambda *_: (said["copying"], said["decoding"])

@@ -49,9 +49,9 @@ class _Source:
         self._log = log
         self.pinned = pinned
         self.in_ram = pinned
-        self.location = None
+        self.source = None
         self.nbytes = size
-        self.revision = 0
+        self.copied_revision = 0
         self.bytes = torch.zeros(size, dtype=torch.uint8)
         self.gate = threading.Event()
         self.gate.set()

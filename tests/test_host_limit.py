@@ -279,15 +279,10 @@ def test_a_host_limit_that_is_no_size_is_refused(tmp_path: Path, limit: Any) -> 
     _assert_as_before(model, _in_ram(model))
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [({"store": "cpu"}, "store='cpu'"), ({"codec": "lossless"}, "codec='lossless'")],
-)
-def test_a_host_limit_that_contradicts_the_policy_is_refused(
-    fields: dict[str, Any], named: str
-) -> None:
-    model = attach_offload_hooks(net(), OffloadPolicy(compute_device="cpu", **fields))
-    with pytest.raises(ValueError, match=named):
+def test_a_host_limit_that_contradicts_the_policy_is_refused() -> None:
+    policy = OffloadPolicy(compute_device="cpu", store="cpu")
+    model = attach_offload_hooks(net(), policy)
+    with pytest.raises(ValueError, match="store='cpu'"):
         set_limit(model, host_limit_gb=1)
     assert same_bits(run(model), WANTED)
     detach(model)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import hookoffload as ho
-from hookoffload import coding, measured_pass
+from hookoffload import codable, measured_pass
 from hookoffload.coded_residents import spread
 from hookoffload.layer import Layer
 from hookoffload.master import Master
@@ -44,8 +44,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
             master.on_disk = tier
 
     monkeypatch.setattr(Layer, "measure", unreadable)
-    for module in (coding, measured_pass):
-        monkeypatch.setattr(module, "has_link", coding.can_code)
+    for module in (codable, measured_pass):
+        monkeypatch.setattr(module, "has_link", codable.can_code)
     return "cpu"
 
 
@@ -274,3 +274,17 @@ def test_weights_in_ram_are_counted_beside_their_codes(model: Model) -> None:
     stats = ho.offload_stats(model)
     held = sum(p.nbytes for p in model.parameters()) + stats.coded_bytes
     assert stats.host_bytes == pytest.approx(held, rel=0.02)
+
+
+def test_what_waits_on_disk_by_another_host_limit_is_not_coded(
+    device: str, model: Model, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plain(model, ids, device)
+    ho.attach_offload_hooks(model, policy(device, 0, codec="auto"))
+    run(model, ids)
+    ho.set_limit(model, host_limit_gb=0)
+    measures(monkeypatch, stalled=0.9)
+    for _ in range(5):
+        assert_same_bits(run(model, ids), expected)
+    stats = ho.offload_stats(model)
+    assert stats.decoded_bytes == 0 and stats.host_bytes < LAYER_BYTES

@@ -302,7 +302,6 @@ def test_storage_dtype_is_that_of_ram_and_of_what_is_spilled(tmp_path: Path) -> 
     ("fields", "named"),
     [
         ({"store": "cpu"}, "store='cpu'"),
-        ({"codec": "lossless"}, "codec='lossless'"),
         ({"offload": Placement(device="cpu")}, "offload.device='cpu'"),
         ({"offload": Placement(device="cuda")}, "offload.device='cuda'"),
         (
@@ -553,7 +552,7 @@ class _Source:
 
     def __init__(self, number: int) -> None:
         self.number, self.reads = number, 0
-        self.location, self.nbytes, self.revision = None, 8, 0
+        self.source, self.nbytes, self.copied_revision = None, 8, 0
         self.in_ram = True
 
     def read_into(self, destination: torch.Tensor, start: int) -> None:

@@ -37,20 +37,23 @@ class Bench:
         self.checkpoint = Checkpoint(options.folder, self.shape, dtype)
         self.path = self.checkpoint.path
         self.file_bytes = self.checkpoint.file_bytes
+        self.codes = options.folder / "codes"
         generator = torch.Generator().manual_seed(0)
         vocabulary = 4 * self.shape.width
         self.tokens = torch.randint(
             vocabulary, (1, options.tokens), generator=generator
         ).to(self.device)
 
-    def load(self, **fields: Any) -> DemoTransformer:
-        """Loads the model from its file under a policy."""
+    def load(self, *, cache_codes: bool = False, **fields: Any) -> DemoTransformer:
+        """Loads the model from its file, or what is coded of it, under a policy."""
         policy = OffloadPolicy(compute_device=self.device, **fields)
         return load_model(
             DemoTransformer,
             self.path,
             policy,
             config=asdict(self.shape),
+            cache_dir=self.codes,
+            cache_codes=cache_codes,
             progress=False,
         )
 
@@ -68,13 +71,14 @@ class Bench:
             torch.accelerator.synchronize(self.device)
 
     def cool(self) -> None:
-        """Drops the file from the page cache."""
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
+        """Drops the file, and its codes, from the page cache."""
+        for path in (self.path, *self.codes.glob("*/*.safetensors")):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
 
     def cached_share(self) -> float:
         """Returns how much of the file is in the page cache, from 0 to 1."""
