@@ -97,6 +97,8 @@ def save_model(
             # Until all is written, forwards of other threads wait.
             held.enter_context(session.by_hand("save_model"))
             session.store.check_unchanged()
+            # Everything rests behind `state_dict`; what it returned has them already.
+            session.store.note_private_writes()
         sources = _sources(model, state, sessions, Path(folder))
         shards = _divided(sources, largest)
         replacement = CheckpointReplacement(Path(folder), list(shards))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hookoffload import OffloadPolicy, detach, load_model, offload
+from hookoffload import OffloadPolicy, detach, load_model, offload, save_model
 from hookoffload.private_pages import written_privately
 from tests.small_models import assert_same, chain, run
 
@@ -50,6 +50,24 @@ def test_uncounted_write_to_a_loaded_weight_is_used(
     detach(model)
     assert_same(run(model, x), run(plain, x))
     assert path.read_bytes() == before
+
+
+@linux_only
+@pytest.mark.parametrize("edit", [_zero, _by_numpy])
+def test_uncounted_write_behind_offload_is_saved(
+    tmp_path: Path, edit: Callable[[nn.Parameter], None]
+) -> None:
+    plain = chain(64, 64, 64)
+    path = tmp_path / "model.safetensors"
+    save_file(plain.state_dict(), path)
+    policy = OffloadPolicy(store="disk", limit_gb=0, compute_device="cpu")
+    model = load_model(lambda: chain(64, 64, 64), path, policy)
+    run(model, torch.randn(2, 64))
+    offload(model)
+    edit(model[1].weight)
+    save_model(model, tmp_path / "saved", progress=False)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert not saved["1.weight"].any() and saved["0.weight"].any()
 
 
 @linux_only
