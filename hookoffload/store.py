@@ -244,11 +244,7 @@ class Store:
         ``tensor.data.zero_()`` and writes through NumPy count nowhere, and forwards
         read the file. To be called while nothing has been copied ahead.
         """
-        mapped = [
-            master
-            for master in self.masters
-            if master.location is not None and not master.location.file.writable_shared
-        ]
+        mapped = self.masters_in_files()
         written = written_privately([master.flat for master in mapped])
         for master, changed in zip(mapped, written, strict=True):
             if changed:
@@ -265,12 +261,14 @@ class Store:
             logger.info("files are read past the page cache, which cannot hold them")
 
     def doubt_codes(self) -> None:
-        """Have masters in RAM encoded again before they are copied.
+        """Have masters in RAM, or in own files, encoded again before they are copied.
 
-        While a model is offloaded, writes that move no version are allowed.
+        While a model is offloaded, writes that move no version are allowed. Those to
+        maps of the user's files `note_private_writes` sees.
         """
+        users = set(self.masters_in_files())
         for master in self.masters:
-            if master.code is not None and master.location is None:
+            if master.code is not None and master not in users:
                 master.code.revision = -1
 
     def check_unchanged(self) -> None:

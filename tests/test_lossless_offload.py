@@ -183,6 +183,21 @@ def test_writes_to_data_behind_offload_are_seen(
     assert_same_bits(run(model, ids), plain(untouched, ids, device))
 
 
+def test_writes_to_data_of_weights_that_rest_on_disk_are_seen(
+    device: str, ids: torch.Tensor, model: Model, tmp_path: Path
+) -> None:
+    placements = {
+        "offload": ho.Placement(device="disk"),
+        "onload": ho.Placement(device="cpu"),
+        "disk_dir": tmp_path,
+    }
+    ho.attach_offload_hooks(model, policy(device, **placements))
+    for _ in range(2):
+        ho.offload(model)
+        model.blocks[1].weight.data.mul_(3)
+        assert_same_bits(run(model, ids), plain(detached(model), ids, device))
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_other_weights_can_be_loaded(
     device: str, ids: torch.Tensor, model: Model, assign: bool
