@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .master import Master, version_of
+from .master import Master
+from .member import version_of
 from .registered import check_packed, check_tensors
 from .wrappers import require_undivided
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .master import Master, Member, version_of
+from .master import Master
+from .member import Member, version_of
 from .tensor_geometry import TensorGeometry
 
 

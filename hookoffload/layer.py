@@ -13,7 +13,8 @@ from .device_memory import Block
 from .layer_fp8 import put_scales_on, scratch_size, take_scales_off, work_sizes
 from .layer_parts import Piece, RegionViews, resident_size, values_in
 from .layer_values import rest_source, value_of
-from .master import Master, Member, are_untouched, bind_members, rest_members
+from .master import Master
+from .member import Member, are_untouched, bind_members, rest_members
 from .ring import Region, RegionRing, RegionStack
 
 # Steady passes find a layer in the same place each time; others in a few.

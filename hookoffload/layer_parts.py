@@ -8,7 +8,8 @@ import torch
 
 from .alignment import align
 from .layer_fp8 import kept_scale_bytes
-from .master import Master, Member
+from .master import Master
+from .member import Member
 from .moves import Move, joined_moves
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from .checkpoint_folder import ELSEWHERE, CheckpointReplacement, shard_name
 from .codec import is_movable
-from .master import Master, Member
+from .master import Master
+from .member import Member
 from .packed import is_wrapper, parts_of
 from .progress import progress_bar
 from .safetensors_file import CheckpointFile

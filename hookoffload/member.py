@@ -1,0 +1,169 @@
+"""The tensor objects of a model, whose bytes the library swaps.
+
+[Note: in-place moves]
+A module is never replaced and neither is a Parameter: the library assigns
+``tensor.data``, which swaps the bytes, sizes and dtype under an object that the user,
+the optimizer and tied modules go on holding. Three values take turns there:
+
+* at rest, a view of the master (``Member.rest``). Whatever reads or writes the tensor
+  then (``state_dict``, ``load_state_dict``, a user's edit) works on the master itself;
+* inside a forward, a view in the window, in the scratch or in a resident block. It is
+  a copy: release swaps the pointer back and the copied bytes are forgotten, unless
+  ``_version`` says that the forward wrote to them;
+* for a resident whose dtype needs no cast, the resident block, also between passes.
+
+``.data`` keeps the version counter of the object, so one counter tells of writes to
+any of the three. Writes through ``tensor.data.mul_()`` escape it: PyTorch gives
+``.data`` a counter of its own. They are safe behind ``offload(model)``, when
+everything rests and nothing has been copied ahead; otherwise they may be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .codec import is_movable
+from .registered import ManagedTensor
+
+
+class Member:
+    """One tensor object of a master, and where it lies in the master's bytes."""
+
+    __slots__ = (
+        "bound_pointer",
+        "castable",
+        "device",
+        "dtype",
+        "holders",
+        "location_in_master",
+        "name",
+        "rest",
+        "rest_pointer",
+        "shape",
+        "stays",
+        "stride",
+        "tensor",
+        "version",
+        "wrappers",
+    )
+
+    def __init__(self, managed: ManagedTensor, low: int) -> None:
+        tensor = managed.tensor
+        self.name = managed.name
+        self.tensor = tensor
+        self.castable = managed.castable
+        self.stays = managed.stays
+        # What is registered: itself, unless it is a part, see [Note: packed tensors].
+        self.holders = tuple(managed.holders)
+        self.wrappers = managed.wrappers
+        self.device = tensor.device
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        # In elements of its own dtype: casts keep the count, not the bytes.
+        offset = tensor.storage_offset() * tensor.itemsize - low
+        self.location_in_master = offset // tensor.itemsize
+        self.rest = tensor.data
+        self.rest_pointer = self.rest.data_ptr()
+        self.bound_pointer = 0
+        self.version = version_of(tensor)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its class makes state dicts by itself; see [Note: packed tensors]."""
+        itself = any(holder is self.tensor for holder in self.holders)
+        return not itself or not is_movable(self.tensor) or not self.stays
+
+    def set_data(self, value: torch.Tensor) -> None:
+        """Have the tensor be at ``value``, and what wraps it say so."""
+        self.tensor.data = value
+        self.tell_wrappers()
+
+    def tell_wrappers(self) -> None:
+        """Have what wraps the tensor say where it is."""
+        for wrapper in self.wrappers:
+            wrapper.follow(self.tensor.device)
+
+    def view(self, base: torch.Tensor, start: int) -> torch.Tensor:
+        """Return this member over a flat tensor whose master begins at ``start``."""
+        return base.as_strided(self.shape, self.stride, start + self.location_in_master)
+
+    def was_cast_by_its_forward(self) -> bool:
+        """Tell whether it was given its own value in another dtype.
+
+        That is what forwards do where `stays` is false, also to what nobody moves.
+        """
+        now, rest = self.tensor, self.rest
+        if self.stays or (now.shape, now.device) != (rest.shape, rest.device):
+            return False
+        return now.dtype != rest.dtype and torch.equal(now.data, rest.to(now.dtype))
+
+    def lies_as_before(self) -> bool:
+        """Tell whether the tensor has the shape, strides and dtype that it rests in."""
+        tensor = self.tensor
+        same = tensor.shape == self.shape and tensor.stride() == self.stride
+        return same and tensor.dtype == self.rest.dtype
+
+    def set_rest(self, rest: torch.Tensor) -> None:
+        """Make ``rest`` the value at rest (does not touch the tensor)."""
+        self.rest = rest
+        self.rest_pointer = rest.data_ptr()
+
+
+# Every pass goes through every member of what streams, a few thousand of them: in these
+# three no call is made for each that is not one of PyTorch's.
+
+
+def bind_members(values: Iterable[tuple[Member, torch.Tensor, int]]) -> None:
+    """Point members at their values, whose addresses are given.
+
+    What ``_version`` counts are writes: it stays when ``.data`` is swapped.
+    """
+    for member, value, pointer in values:
+        member.tensor.data = value
+        member.bound_pointer = pointer
+        if member.wrappers:
+            member.tell_wrappers()
+
+
+def rest_members(members: Iterable[Member]) -> None:
+    """Point members at their masters."""
+    for member in members:
+        tensor = member.tensor
+        tensor.data = member.rest
+        member.bound_pointer = 0
+        try:
+            member.version = tensor._version
+        except RuntimeError:
+            member.version = 0  # see `version_of`
+        if member.wrappers:
+            member.tell_wrappers()
+
+
+def are_untouched(members: Iterable[Member], *, bound: bool) -> bool:
+    """Tell whether members are where they were put, and were not written to.
+
+    Args:
+        members: the members.
+        bound: they were bound; otherwise they rest.
+    """
+    for member in members:
+        tensor = member.tensor
+        try:
+            version = tensor._version
+        except RuntimeError:
+            version = 0  # see `version_of`
+        place = member.bound_pointer if bound else member.rest_pointer
+        if version != member.version or tensor.data_ptr() != place:
+            return False
+    return True
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return the in-place version, 0 for tensors made in inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0  # they keep none
