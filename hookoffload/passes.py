@@ -212,9 +212,9 @@ class Passes:
     def apply_again(self) -> None:
         """Make memory what the pass under way needs, which has lost some of it."""
         session, planner = self._session, self._session.planner
-        if session.mover.in_use:  # what is bound keeps its place in the window
-            self.apply(planner.plan_under_way)
-        elif not self.apply(planner.plan_under_way, planner.most_bytes):
+        if session.mover.in_use:
+            return  # what is bound keeps its place; the next pass makes the others'
+        if not self.apply(planner.plan_under_way, planner.most_bytes):
             self.apply(planner.streaming_plan)
 
     def interrupted(self) -> None:
