@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from .assembly import Assembly
 from .budget import MemoryBudget, format_gib
@@ -11,6 +11,7 @@ from .coded_residents import fastest
 from .containers import tensors_in
 from .cost import Rates
 from .device_memory import DeviceMemory
+from .measured_memory import Measured, MeasuredPasses
 from .plan import Plan
 from .plan_maker import PlanMaker
 from .resolved_policy import ResolvedPolicy
@@ -32,23 +33,14 @@ _PASSES_WITH_ROOM = 3
 _SPARE_SHARE = 32
 
 
-@dataclass
-class _Measured:
-    """What a pass took beside the library, bytes; the size of its inputs, elements."""
-
-    size: int
-    activations: int
-    held: int  # of it, what is there between passes, too
-    before: int  # and what was there when the pass began
-
-
 class PassPlanner:
     """Decides what is resident, pass by pass.
 
     [Note: the limit and activations] On an accelerator the limit bounds what PyTorch's
     allocator reaches in this process. How much of that is not the library's (the
     activations, and tensors of other code) is measured in a pass that streams
-    everything: the first one, and each one whose inputs are larger than all before.
+    everything: the first one, each one whose inputs are larger than all before, and
+    one of many whose inputs are much smaller.
     What other code holds at the beginning of a later pass, beyond what it held then, is
     added, and what it has given back is taken off. So is what the allocator hands out
     beyond what is asked for: it cuts a free block only if more than 1 MiB is left,
@@ -69,8 +61,9 @@ class PassPlanner:
         self._budget = budget
         self._memory = memory
         self._activations: int | None = None  # measured, bytes
-        self._entries: dict[str, _Measured] = {}  # by the module that was called
-        self._entry = ""  # of the pass that runs now
+        self._measured = MeasuredPasses()
+        self._known: Measured | None = None  # of passes like the one that runs now
+        self._entry = ""  # the module that it calls
         self._grown = 0  # what others hold more than in the pass that measured
         self._with_room = 0  # passes that did not need all that was left to them
         self._size = 0  # of its inputs, in elements
@@ -119,8 +112,7 @@ class PassPlanner:
         Args:
             input_elements: how many elements the tensors among the inputs have.
             probing: layers may turn out to be needed at once that were not foreseen.
-            entry: the module that is called by itself; empty for the root. How large
-                inputs were, and what a pass needed, says nothing of other modules.
+            entry: the module that is called by itself; empty for the root.
         """
         limit = self._maker.limit()
         self._earlier, self._measuring = (0, 0), None
@@ -129,8 +121,10 @@ class PassPlanner:
         if not limit or not self._memory.measures_peak:
             return self.plan
         self._entry, self._size = entry, input_elements
-        known = self._entries.get(entry)
-        if known is None or input_elements > known.size:
+        can_gain = bool(self.plan.streamed)
+        known = self._measured.find(entry, input_elements, can_gain=can_gain)
+        self._known = known
+        if known is None:
             self._grown = 0
             self._measuring = self._measuring_plan()
             return self._measuring
@@ -183,8 +177,7 @@ class PassPlanner:
         if self._old_peak:  # now that what was too much has been given up
             self._old_peak = False
             self._memory.reset_peak()
-        known = self._entries.get(self._entry)
-        before = self.plan
+        known, before = self._known, self.plan
         if not complete:
             self.plan = self._maker.make(before.activation_bytes + _ROOM_BYTES)
         elif known is None or self._checked is before:
@@ -194,7 +187,7 @@ class PassPlanner:
             self._leave_room_beside(known)
         return None if self.plan is before else self.plan
 
-    def _leave_room_beside(self, known: _Measured) -> None:
+    def _leave_room_beside(self, known: Measured) -> None:
         held = self._held_by_others()
         self._grown = held - known.held
         if self._grown < 0:
@@ -204,10 +197,10 @@ class PassPlanner:
             self.plan = self._maker.make(self._wanted(known))
             self._with_room = 0
 
-    def _wanted(self, known: _Measured) -> int:
+    def _wanted(self, known: Measured) -> int:
         return known.activations + self._grown + max(self._grown, 0) // 4
 
-    def _take_room_back(self, known: _Measured, limit: int) -> None:
+    def _take_room_back(self, known: Measured, limit: int) -> None:
         wanted = self._wanted(known)
         spare = self.plan.activation_bytes - wanted
         if spare <= max(limit // _SPARE_SHARE, 4 * _ROOM_BYTES):
@@ -322,14 +315,13 @@ class PassPlanner:
             held = self._held_between(output)
             least_room = min(_ROOM_BYTES, limit // _ROOM_SHARE)
             beside += max(least_room, (beside - held) // _ROOM_SHARE)
-            measured = _Measured(self._size, beside, held, self._held_before)
-            self._entries[self._entry] = measured
-            most = max(known.activations for known in self._entries.values())
-            self._activations = most
-            self.plan = self._maker.make(most)
+            self._known = Measured(self._size, beside, held, self._held_before)
+            self._measured.note(self._entry, self._known)
+            self._activations = self._measured.most
+            self.plan = self._maker.make(self._activations)
         if peak > limit:
             self._activations = max(self._activations or 0, beside)
-            known = self._entries.get(self._entry)
+            known = self._known
             if known is not None:
                 known.activations = max(known.activations, beside - self._grown)
             self._warn(peak, beside, limit)

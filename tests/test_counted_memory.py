@@ -303,6 +303,36 @@ def test_outputs_that_are_kept_take_room_from_residents(
         detach(model)
 
 
+def test_residents_come_back_where_inputs_stay_small(memory: CountedMemory) -> None:
+    model, small, large = (
+        Taking(20, 1024),
+        torch.randn(2, 1024),
+        torch.randn(3000, 1024),
+    )
+    with memory, torch.no_grad():
+        limit = 64 * MIB
+        attach_offload_hooks(model, _policy(limit))
+
+        def residents(x: torch.Tensor, passes: int) -> int:
+            for _ in range(passes):
+                memory.allocator.reset_peak()
+                model(x)
+                assert memory.allocator.peak <= limit
+            return len(offload_plan(model).resident)
+
+        few = residents(large, 2)
+        assert residents(small, 5) == few  # large ones may come again soon
+        many = residents(small, 8)
+        assert many > few + 2
+        moved = offload_stats(model).bytes_moved
+        for x in (large, small, large):  # and are known when they do
+            assert residents(x, 1) == few
+        per_pass = (offload_stats(model).bytes_moved - moved) / 3
+        assert per_pass < 1.1 * offload_plan(model).pass_bytes
+        assert residents(small, 3) == many
+        detach(model)
+
+
 def test_memory_that_is_given_up_is_returned_to_the_device(
     memory: CountedMemory,
 ) -> None:
