@@ -315,7 +315,8 @@ class Layer:
         """Point every member at its master again."""
         if self.scales:
             take_scales_off(self)
-        rest_members(self._members)
+        for piece in self.pieces:  # some may have been parted from their masters
+            rest_members(piece.master.members)
 
     def revision(self) -> int:
         """Look at the masters at rest and count their changes; see `reconcile`."""
