@@ -22,6 +22,7 @@ from hookoffload.coded_residents import fastest
 from hookoffload.copies import Copy
 from hookoffload.copy_engine import StreamCopyEngine
 from hookoffload.cost import Rates
+from hookoffload.fp8 import why_not_on
 from hookoffload.host_copies import HostCopyEngine
 from hookoffload.layer import Layer
 from hookoffload.measured_pass import MeasuredPass, PassMeter
@@ -380,6 +381,9 @@ class Gated(nn.Linear):
 def test_layers_that_multiply_in_8_bits_beside_coded_weights_compute_as_without_codes(
     device: str, x: torch.Tensor, layers: int, kept_dtype: torch.dtype | None
 ) -> None:
+    reason = why_not_on(torch.device(device), torch.float8_e4m3fn, torch.bfloat16)
+    if reason is not None:
+        pytest.skip(f"8-bit floats are not multiplied here: {reason}")
     torch.manual_seed(1)
     model = nn.Sequential(*(Gated() for _ in range(LAYERS))).to(torch.bfloat16)
     fields: dict[str, Any] = {"debug": True, "compute_dtype": torch.float8_e4m3fn}
