@@ -123,7 +123,7 @@ class Escapes:
             site.watched = tuple(
                 name
                 for name, value in attributes.items()
-                if name not in _OF_PYTORCH and not _is_fixed(value)
+                if name not in _OF_PYTORCH and not _is_fixed(site.module, value)
             )
         for name in site.watched:
             value = attributes.get(name)
@@ -283,10 +283,10 @@ class Escapes:
 _OF_PYTORCH = frozenset(nn.Module().__dict__)
 
 
-def _is_fixed(value: object) -> bool:
-    """Tell whether an attribute is a number, a name or the like, or a tuple of such."""
-    if type(value) is tuple:  # a shape, a stride: most modules have one
-        return all(isinstance(part, _FIXED) for part in value)
+def _is_fixed(module: nn.Module, value: object) -> bool:
+    """Tell whether an attribute stays what it is: a number, a name, a shape."""
+    if type(value) is tuple:  # elsewhere one may come to hold tensors
+        return type(module).__module__.startswith("torch.nn.")
     return isinstance(value, _FIXED)
 
 

@@ -200,6 +200,31 @@ class ReadsWhatWasAppended(nn.Module):
         return self.rest(self.first(x, rows=rows)) + rows[0]
 
 
+@pytest.mark.parametrize("first", [(), ("a", 1), (None,), (0, 0)])
+def test_view_that_takes_the_place_of_another_tuple_keeps_its_bytes(
+    tmp_path: Path, first: tuple[object, ...]
+) -> None:
+    forwards = [0]
+
+    class Keeping(nn.Linear):
+        kept: tuple[Any, ...]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if forwards[0] == 2:
+                self.kept = (self.weight[0],)
+            return super().forward(x)
+
+    model = nn.Sequential(*(Keeping(WIDTH, WIDTH) for _ in range(6)))
+    for part in model:
+        part.kept = first
+    wanted = [part.weight[0].detach().clone() for part in model]
+    with offloaded(model, on_disk(tmp_path)):
+        for forwards[0] in (1, 2, 3):
+            run(model, torch.zeros(2, WIDTH))
+        for part, row in zip(model, wanted, strict=True):
+            assert_same(part.kept[0].detach(), row)
+
+
 def test_view_put_into_a_list_among_the_inputs_keeps_its_bytes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     _assert_right(ReadsWhatWasAppended(), tmp_path)
