@@ -102,12 +102,13 @@ class Group:
 
         What it took goes as far as their activations need the room.
         """
-        limit = self.policy.limit_bytes
-        for other in self._running_around(session):
-            room = (limit or 0) - other.planner.activation_bytes
-            if limit and self.budget.used > room:
+        limit, around = self.policy.limit_bytes, self._running_around(session)
+        if limit and around:
+            room = limit - max(other.planner.activation_bytes for other in around)
+            if self.budget.used > room:
                 session.mover.free_window()
-                session.mover.give_up_residents(lambda: self.budget.used <= room)  # noqa: B023
+                session.mover.give_up_residents(lambda: self.budget.used <= room)
+        for other in around:
             other.planner.resume()
 
     def note(self, session: Session, entry: str) -> None:
