@@ -24,7 +24,6 @@ from hookoffload.copy_engine import StreamCopyEngine
 from hookoffload.cost import Rates
 from hookoffload.fp8 import why_not_on
 from hookoffload.host_copies import HostCopyEngine
-from hookoffload.layer import Layer
 from hookoffload.measured_pass import MeasuredPass, PassMeter
 from hookoffload.plan import LayerSpec, Plan
 from hookoffload.plan_table import plan_record
@@ -33,6 +32,7 @@ from hookoffload.planner import make_plan
 from .test_lossless_offload import assert_same_bits, policy
 from .test_planner import GIB, MIB, blocks, models
 from .test_planner import Model as Specs
+from .unreadable_ram import have_ram_unreadable
 
 WIDTH = 1024
 LAYER_BYTES = 2 * WIDTH * WIDTH
@@ -271,17 +271,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """The CPU as if it could not read host RAM; a GPU."""
     if request.param == "cuda":
         return "cuda"
-    measure = Layer.measure
-
-    def unreadable(self: Layer, *args: Any, may_stay: bool) -> None:
-        tiers = [master.on_disk for master in self.masters]
-        for master in self.masters:
-            master.on_disk = True
-        measure(self, *args, may_stay=may_stay)
-        for master, tier in zip(self.masters, tiers, strict=True):
-            master.on_disk = tier
-
-    monkeypatch.setattr(Layer, "measure", unreadable)
+    have_ram_unreadable(monkeypatch)
     return "cpu"
 
 

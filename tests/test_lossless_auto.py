@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 import hookoffload as ho
 from hookoffload import codable, measured_pass
 from hookoffload.coded_residents import spread
-from hookoffload.layer import Layer
 from hookoffload.master import Master
 from hookoffload.measured_pass import MeasuredPass, PassMeter
 
@@ -26,6 +25,7 @@ from .test_lossless_offload import (
     policy,
     run,
 )
+from .unreadable_ram import have_ram_unreadable
 
 
 @pytest.fixture(params=["window", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -33,17 +33,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """The CPU as if it could not read host RAM; a GPU."""
     if request.param == "cuda":
         return "cuda"
-    measure = Layer.measure
-
-    def unreadable(self: Layer, *args: Any, may_stay: bool) -> None:
-        tiers = [master.on_disk for master in self.masters]
-        for master in self.masters:
-            master.on_disk = True
-        measure(self, *args, may_stay=may_stay)
-        for master, tier in zip(self.masters, tiers, strict=True):
-            master.on_disk = tier
-
-    monkeypatch.setattr(Layer, "measure", unreadable)
+    have_ram_unreadable(monkeypatch)
     for module in (codable, measured_pass):
         monkeypatch.setattr(module, "has_link", codable.can_code)
     return "cpu"

@@ -15,11 +15,11 @@ from torch import nn
 import hookoffload as ho
 from hookoffload import coding
 from hookoffload.budget import MemoryBudget
-from hookoffload.layer import Layer
 from hookoffload.lossless_device import BYTES_PER_VALUE
 
 from .children import in_child
 from .process_memory import anonymous_bytes, settled_bytes
+from .unreadable_ram import have_ram_unreadable
 
 WIDTH = 512
 LAYER_BYTES = 2 * WIDTH * WIDTH
@@ -46,17 +46,7 @@ class Model(nn.Module):
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The CPU; the CPU as if it could not read host RAM; a GPU."""
     if request.param == "window":
-        measure = Layer.measure
-
-        def unreadable(self: Layer, *args: Any, may_stay: bool) -> None:
-            tiers = [master.on_disk for master in self.masters]
-            for master in self.masters:
-                master.on_disk = True
-            measure(self, *args, may_stay=may_stay)
-            for master, tier in zip(self.masters, tiers, strict=True):
-                master.on_disk = tier
-
-        monkeypatch.setattr(Layer, "measure", unreadable)
+        have_ram_unreadable(monkeypatch)
     return "cuda" if request.param == "cuda" else "cpu"
 
 
