@@ -28,6 +28,9 @@ Row = dict[str, Any]
 # A method this slow needs half of the warm-ups, and has no time for all.
 SLOW_SECONDS = 2.0
 
+# They page-lock the weights where these lie.
+_LOCKS_WEIGHTS = frozenset({"hookoffload", "hookoffload_auto"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -108,7 +111,7 @@ def _measured(
     device = torch.device(options.device)
     torch.set_num_threads(1)  # building has threads of its own
     model = build(subject) if built is None else built
-    if built is not None and trial.method == "hookoffload":
+    if built is not None and trial.method in _LOCKS_WEIGHTS:
         own_pages(model)
     torch.set_num_threads(THREADS)
     warm_kernels(subject, device)
