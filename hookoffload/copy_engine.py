@@ -33,18 +33,23 @@ copies to them: Ctrl-C, which only the main thread knows, finds a copy given or 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 
+from .batched_copies import CopyList, driver_stream
 from .copies import POISON, Copy, CopyEngine
 from .copy_worker import Worker
 from .host_copies import HostCopyEngine
 from .master import Master
+from .moves import Moves
 from .profiler_ranges import profiler_range
 from .reader_threads import ReaderThreads
 from .staging import Coming, Staging
+
+logger = logging.getLogger(__name__)
 
 
 class StreamCopyEngine:
@@ -54,6 +59,7 @@ class StreamCopyEngine:
         self._device = device
         self._stream = torch.Stream(device)
         self._index = self._stream.device_index  # looked up faster than a device
+        self._listed = driver_stream(self._stream)
         self._staging = Staging(ReaderThreads(), _page_locked)
         self._worker = Worker(_StagedCopies(device, self._stream, self._staging))
         self._stalled = 0.0
@@ -62,10 +68,42 @@ class StreamCopyEngine:
 
     def start(self, copy: Copy) -> None:
         """Begin a copy: queue it, or give it to the worker to be staged."""
-        if all(master.pinned for master, _ in copy.pieces):
-            _queue_copies(self._stream, copy)
-        else:
+        moves = copy.moves
+        if moves is None and all(master.pinned for master, _ in copy.pieces):
+            moves = Moves([(master.bytes, target) for master, target in copy.pieces])
+        if moves is None:
             self._worker.put(copy)
+        else:
+            self._queue(copy, moves)
+
+    def _queue(self, copy: Copy, moves: Moves) -> None:
+        stream = self._stream
+        for token in copy.after:
+            assert isinstance(token, torch.Event)
+            token.wait(stream)
+        if copy.entry is not None:
+            copy.entry.begin(stream)
+        with profiler_range("copy", copy.name):
+            if not self._queue_list(moves):
+                with _current(stream):
+                    for source, destination in moves.pairs:
+                        destination.copy_(source, non_blocking=True)
+        if copy.entry is not None:
+            copy.entry.end(stream)
+        ready = torch.Event(stream.device)
+        ready.record(stream)
+        copy.ready = ready
+
+    def _queue_list(self, moves: Moves) -> bool:
+        if self._listed is None:
+            return False
+        if moves.listed is None:
+            moves.listed = CopyList(moves)
+        if moves.listed.queue(self._listed):
+            return True
+        logger.info("the driver refuses lists of copies: they go one by one")
+        self._listed = None
+        return False
 
     def wait(self, copy: Copy) -> None:
         """Make the current stream wait for the copy."""
@@ -158,26 +196,6 @@ class _current:
 
     def __exit__(self, *exception: object) -> None:
         torch.accelerator.set_stream(self._before)
-
-
-def _queue_copies(stream: torch.Stream, copy: Copy) -> None:
-    for token in copy.after:
-        assert isinstance(token, torch.Event)
-        token.wait(stream)
-    if copy.entry is not None:
-        copy.entry.begin(stream)
-    with _current(stream), profiler_range("copy", copy.name):
-        if copy.moves is None:
-            for master, destination in copy.pieces:
-                destination.copy_(master.bytes, non_blocking=True)
-        else:
-            for source, destination in copy.moves():
-                destination.copy_(source, non_blocking=True)
-    if copy.entry is not None:
-        copy.entry.end(stream)
-    ready = torch.Event(stream.device)
-    ready.record(stream)
-    copy.ready = ready
 
 
 class _StagedCopies:

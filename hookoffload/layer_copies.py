@@ -11,7 +11,7 @@ from .copy_engine import make_copy_engine
 from .device_memory import DeviceMemory
 from .layer import Layer
 from .layer_values import fill_residence
-from .moves import Move
+from .moves import Moves
 from .order import ExecutionOrder
 from .profiler_ranges import profiler_range
 from .recorder import Recorder
@@ -147,7 +147,7 @@ class LayerCopies:
             return False  # as half of all attempts to go on with copying
         revision = layer.known_revision()  # if it is needed now, `bring` has looked
         tokens: tuple[object, ...] = ()
-        moves: Callable[[], list[Move]] | None = None
+        moves: Moves | None = None
         if not streams:
             assert layer.resident is not None
             if layer.is_filled:
@@ -168,7 +168,7 @@ class LayerCopies:
             block = self.window.block_of(layer)
             assert block is not None, "a layer with a place is in a block"
             views = layer.views_in(block)
-            pieces, moves = views.targets, views.moves
+            pieces, moves = views.targets, views.moves()
         copy = Copy(layer.name, pieces, layer.copy_bytes, tokens, moves)
         if self.recorder is not None:
             copy.entry = self.recorder.copy_queued(layer.name, copy.nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import torch
 
@@ -10,7 +11,7 @@ from .alignment import align
 from .layer_fp8 import kept_scale_bytes
 from .master import Master
 from .member import Member
-from .moves import Move, joined_moves
+from .moves import Moves, joined_moves
 
 
 class Piece:
@@ -67,19 +68,20 @@ class RegionViews:
     ) -> None:
         self.targets = targets
         self.values = values
-        self._sources: list[tuple[torch.Tensor, bool]] = []
-        self._moves: list[Move] = []
+        self._sources: list[torch.Tensor] = []
+        self._moves: Moves | None = None
 
-    def moves(self) -> list[Move]:
-        """Return the source and the destination of each copy, neighbours as one."""
-        sources = [(master.bytes, master.pinned) for master, _ in self.targets]
-        if len(sources) != len(self._sources) or any(
-            now[0] is not before[0] or now[1] != before[1]
-            for now, before in zip(sources, self._sources, strict=True)
-        ):
+    def moves(self) -> Moves | None:
+        """Return the copies, neighbours as one; None if not all is page-locked."""
+        same = self._moves is not None
+        for (master, _), source in zip_longest(self.targets, self._sources):
+            if not master.pinned:
+                return None
+            same = same and master.bytes is source
+        if not same:
             with torch.inference_mode(False):  # they are kept like the views
-                self._moves = joined_moves(self.targets)
-            self._sources = sources
+                self._moves = Moves(joined_moves(self.targets))
+            self._sources = [master.bytes for master, _ in self.targets]
         return self._moves
 
 

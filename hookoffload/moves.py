@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from .alignment import ALIGNMENT
 from .master import Master
 
+if TYPE_CHECKING:
+    from .batched_copies import CopyList
+
 Move = tuple[torch.Tensor, torch.Tensor]
+
+
+class Moves:
+    """Copies that a layer needs, from page-locked memory to one place.
+
+    Attributes:
+        pairs: the source and the destination of each.
+        listed: what an engine made of them, so that it need not be made again.
+    """
+
+    __slots__ = ("listed", "pairs")
+
+    def __init__(self, pairs: list[Move]) -> None:
+        self.pairs = pairs
+        self.listed: CopyList | None = None
 
 
 def joined_moves(targets: Sequence[tuple[Master, torch.Tensor]]) -> list[Move]:
     """Return the source and the destination of each copy that a layer needs.
 
-    Masters that lie in page-locked memory one behind the other, in the same distance
-    as in the window, travel as one: a copy costs the host more than a small tensor
+    Masters that lie one behind the other, in the same distance as in the window,
+    travel as one: a copy costs the host more than a small tensor
     costs the link. What lies between two of them is shorter than `ALIGNMENT`, on their
     own pages, and belongs to nobody in the window.
 
     Args:
-        targets: masters and the flat ``uint8`` tensors that take their bytes.
+        targets: page-locked masters and the flat ``uint8`` tensors that take their
+            bytes.
     """
     runs: list[list[tuple[Master, torch.Tensor]]] = []
     for target in sorted(targets, key=lambda target: target[1].data_ptr()):
@@ -44,9 +64,7 @@ def _continues(
     (one, to_one), (other, to_other) = before, behind
     distance = to_other.data_ptr() - to_one.data_ptr()
     return (
-        one.pinned
-        and other.pinned
-        and distance - one.nbytes < ALIGNMENT
+        distance - one.nbytes < ALIGNMENT
         and other.bytes.data_ptr() - one.bytes.data_ptr() == distance
         and _storage(other.bytes) == _storage(one.bytes)
         and _storage(to_other) == _storage(to_one)
