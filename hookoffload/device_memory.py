@@ -15,7 +15,7 @@ class Block:
     """A piece of device memory and its views, one a dtype.
 
     Attributes:
-        kept: what a layer made of its places in the block, by layer and offset. Here,
+        kept: what a layer made of its places in the block, by layer and place. Here,
             so that nothing keeps the memory when the block goes.
     """
 
@@ -27,7 +27,7 @@ class Block:
         self.start = memory.data_ptr()
         self.end = self.start + memory.numel()
         self._typed: dict[torch.dtype, torch.Tensor] = {torch.uint8: memory}
-        self.kept: dict[object, dict[int, Any]] = {}
+        self.kept: dict[object, dict[Any, Any]] = {}
 
     @property
     def nbytes(self) -> int:

@@ -11,14 +11,11 @@ from .alignment import SMALL_TENSOR_BYTES, align
 from .copies import Copy
 from .device_memory import Block
 from .layer_fp8 import put_scales_on, scratch_size, take_scales_off, work_sizes
-from .layer_parts import Piece, RegionViews, resident_size, values_in
-from .layer_values import rest_source, value_of
+from .layer_parts import Piece, resident_size
+from .layer_values import make_values, scaled_values, where_it_lies
 from .master import Master
 from .member import Member, are_untouched, bind_members, rest_members
 from .ring import Region, RegionRing, RegionStack
-
-# Steady passes find a layer in the same place each time; others in a few.
-_PLACES_KEPT = 4
 
 
 class LayerState(enum.Enum):
@@ -248,51 +245,16 @@ class Layer:
         Casts and decoders run on the stream that is current, from the region or the
         resident block into the scratch.
         """
-        values = None
-        if self.resident is None and self.region is not None:
-            assert region_block is not None, "a region is in a block"
-            values = self.views_in(region_block).values
-        if values is None:
-            values = [
-                valued
-                for index, piece in enumerate(self.pieces)
-                for valued in values_in(piece, *value_of(self, index, region_block))
-            ]
+        found = where_it_lies(self, region_block)
         if self.scales:
+            values = [*scaled_values(self, found), *found.values]
             take_scales_off(self)
-        bind_members(values)
-        if self.scales:
+            bind_members(values)
             put_scales_on(self)
-
-    def views_in(self, block: Block) -> RegionViews:
-        """Return views of the layer's region, made anew only where it was not before.
-
-        The block keeps them: they go when it goes.
-        """
-        assert self.region is not None, "only a layer with a place has views there"
-        offset = self.region.offset
-        places = block.kept.setdefault(self, {})
-        found: RegionViews | None = places.get(offset)
-        if found is None:
-            if len(places) >= _PLACES_KEPT:
-                places.clear()
-            with torch.inference_mode(False):  # they are kept beyond the user's context
-                found = places[offset] = self._make_views(block, offset)
-        return found
-
-    def _make_views(self, block: Block, offset: int) -> RegionViews:
-        targets: list[tuple[Master, torch.Tensor]] = []
-        values: list[tuple[Member, torch.Tensor, int]] | None = []
-        for piece in self.pieces:
-            if piece.region_offset is not None:
-                begin = offset + piece.region_offset
-                target = block.bytes[begin : begin + piece.master.nbytes]
-                targets.append((piece.master, target))
-            if piece.scratch_offset is not None or values is None:
-                values = None
-            else:
-                values += values_in(piece, *rest_source(self, piece, block))
-        return RegionViews(targets, values)
+            return
+        if self.scratch is not None:
+            bind_members(make_values(self, found))
+        bind_members(found.values)
 
     def write_back(self) -> bool:
         """Copy bound values that were written to since `bind` into their masters.

@@ -10,7 +10,7 @@ from .copies import Copy
 from .copy_engine import make_copy_engine
 from .device_memory import DeviceMemory
 from .layer import Layer
-from .layer_values import fill_residence
+from .layer_values import as_copied, fill_residence, views_in
 from .moves import Moves
 from .order import ExecutionOrder
 from .profiler_ranges import profiler_range
@@ -108,7 +108,8 @@ class LayerCopies:
         """Cast or decode what was brought for a resident, which has its scratch now."""
         if layer.resident is None or layer.is_filled:
             return
-        fill_residence(layer, layer.resident, self.window.block_of(layer))
+        found = as_copied(layer, self.window.block_of(layer))
+        fill_residence(layer, layer.resident, found)
         layer.copied_revision = layer.known_revision()  # `bring` has looked
         self.window.release(layer)
 
@@ -167,7 +168,7 @@ class LayerCopies:
             tokens = found
             block = self.window.block_of(layer)
             assert block is not None, "a layer with a place is in a block"
-            views = layer.views_in(block)
+            views = views_in(layer, block)
             pieces, moves = views.targets, views.moves()
         copy = Copy(layer.name, pieces, layer.copy_bytes, tokens, moves)
         if self.recorder is not None:

@@ -66,15 +66,14 @@ def kept_scale_bytes(master: Master) -> int:
 
 
 def scaled_value(
-    layer: Layer, index: int, source: torch.Tensor, start: int, cast_to: int
+    layer: Layer, index: int, source: torch.Tensor, cast_to: int
 ) -> tuple[torch.Tensor, int]:
     """Make a weight's scales, and its values if it is not in 8 bits.
 
     Args:
         layer: the layer, which has its scratch.
         index: of the piece.
-        source: a flat tensor with the weight in it.
-        start: the element at which it begins there.
+        source: the weight, flat.
         cast_to: where the piece's part of the scratch begins.
 
     Returns:
@@ -82,15 +81,13 @@ def scaled_value(
     """
     master = layer.pieces[index].master
     dtype, count = master.codec.compute, master.count
-    target, first = source, start
+    target, first = source, 0
     if source.dtype != dtype:
         assert layer.scratch_block is not None and layer.scratch is not None
         target = layer.scratch_block.typed(dtype)
         first = layer.scratch.offset + cast_to + scale_bytes(_rows(master))
         first //= dtype.itemsize
-    make_scaled(
-        layer, index, source[start : start + count], target[first : first + count]
-    )
+    make_scaled(layer, index, source, target[first : first + count])
     return target, first
 
 

@@ -50,24 +50,43 @@ class Piece:
         return codec.resident_as_copied or (coded and codec.coded)
 
 
-class RegionViews:
+Values = list[tuple[Member, torch.Tensor, int]]
+
+
+class PlaceViews:
+    """What forwards see of a layer in one place: a residence or, here, the scratch.
+
+    Attributes:
+        pieces: for each piece a flat tensor. In the scratch what its value is made in;
+            elsewhere what it is made of, codes as words of 32 bits. None where it does
+            not lie there.
+        values: members that are read there, their values, and the addresses of these.
+    """
+
+    __slots__ = ("pieces", "values")
+
+    def __init__(self, pieces: list[torch.Tensor | None], values: Values) -> None:
+        self.pieces = pieces
+        self.values = values
+
+
+class RegionViews(PlaceViews):
     """A layer's bytes in one place of the window, as copies and as forwards see them.
 
     Attributes:
         targets: the masters that are streamed, and the bytes that each is copied to.
-        values: every member, its value there and the value's address; None if values
-            are cast into the scratch first.
     """
 
-    __slots__ = ("_moves", "_sources", "targets", "values")
+    __slots__ = ("_moves", "_sources", "targets")
 
     def __init__(
         self,
+        pieces: list[torch.Tensor | None],
+        values: Values,
         targets: list[tuple[Master, torch.Tensor]],
-        values: list[tuple[Member, torch.Tensor, int]] | None,
     ) -> None:
+        super().__init__(pieces, values)
         self.targets = targets
-        self.values = values
         self._sources: list[torch.Tensor] = []
         self._moves: Moves | None = None
 

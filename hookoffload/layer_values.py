@@ -1,4 +1,8 @@
-"""What a forward reads of a layer: its bytes as they lie there, cast or decoded."""
+"""What a forward reads of a layer: its bytes as they lie there, cast or decoded.
+
+Views are made once for each place, and kept by the block that the place is in: every
+pass finds most layers where the one before had them.
+"""
 
 from __future__ import annotations
 
@@ -8,96 +12,200 @@ import torch
 
 from .device_memory import Block
 from .layer_fp8 import kept_scale_bytes, make_scaled, scaled_value
-from .layer_parts import Piece, resident_dtype
+from .layer_parts import PlaceViews, RegionViews, Values, resident_dtype, values_in
 from .master import Master
 
 if TYPE_CHECKING:
     from .layer import Layer
 
 
-def value_of(
-    layer: Layer, index: int, region_block: Block | None
-) -> tuple[torch.Tensor, int]:
-    """Cast or decode a piece into the scratch, if it has to be.
+# Steady passes find a layer in the same place each time; others in a few.
+_PLACES_KEPT = 4
 
-    Returns:
-        A flat tensor, and the element at which the master's value begins.
+
+def where_it_lies(layer: Layer, region_block: Block | None) -> PlaceViews:
+    """Return views of a layer's residence, or of what was copied of it."""
+    if not layer.resident:
+        return as_copied(layer, region_block)
+    keeper = layer.resident[0]
+    found: PlaceViews | None = keeper.kept.get(layer, {}).get(layer.keeps_code)
+    if found is None:
+        with torch.inference_mode(False):  # they are kept beyond the user's context
+            found = _residence_views(layer, layer.resident)
+        keeper.kept[layer] = {layer.keeps_code: found}
+    return found
+
+
+def as_copied(layer: Layer, region_block: Block | None) -> PlaceViews:
+    """Return views of a layer's region, if it has one."""
+    if layer.region is None:
+        return PlaceViews([None] * len(layer.pieces), [])  # all of it lies at rest
+    assert region_block is not None, "a region is in a block"
+    return views_in(layer, region_block)
+
+
+def views_in(layer: Layer, block: Block) -> RegionViews:
+    """Return views of a layer's region in a block, which keeps them."""
+    assert layer.region is not None, "only a layer with a place has views there"
+    offset = layer.region.offset
+    places = block.kept.setdefault(layer, {})
+    found: RegionViews | None = places.get(offset)
+    if found is None:
+        if len(places) >= _PLACES_KEPT:
+            places.clear()
+        with torch.inference_mode(False):
+            found = places[offset] = _region_views(layer, block, offset)
+    return found
+
+
+def make_values(layer: Layer, found: PlaceViews) -> Values:
+    """Cast or decode what is not read where it lies into the layer's scratch.
+
+    Runs on the stream that is current.
+
+    Args:
+        layer: the layer.
+        found: where it lies.
     """
-    piece = layer.pieces[index]
-    master = piece.master
-    block = None if layer.resident is None else layer.resident[index]
-    in_scratch = layer.scratch_offset(piece)
-    if in_scratch is None:
-        if block is not None:
-            return block.typed(resident_dtype(master)), 0
-        return rest_source(layer, piece, region_block)
-    if master.codec.scaled:
-        if block is not None:
-            source, start = block.typed(resident_dtype(master)), 0
-        else:
-            source, start = rest_source(layer, piece, region_block)
-        return scaled_value(layer, index, source, start, in_scratch)
-    assert layer.scratch_block is not None and layer.scratch is not None
-    dtype = master.codec.compute
-    target = layer.scratch_block.typed(dtype)
-    first = (layer.scratch.offset + in_scratch) // dtype.itemsize
-    value = target[first : first + master.count]
-    if block is None:
-        _expand(layer, piece, region_block, value)
-    elif layer.keeps_code and master.code is not None:
-        _decode(master, block.bytes, value)
-    else:
-        value.copy_(block.typed(resident_dtype(master))[: master.count])
-    return target, first
+    made = _views_in_scratch(layer)
+    for piece, source, target in zip(
+        layer.pieces, found.pieces, made.pieces, strict=True
+    ):
+        if target is not None:
+            _expand(piece.master, source, target, coded=not layer.has_values)
+    return made.values
 
 
-def fill_residence(
-    layer: Layer, blocks: list[Block], region_block: Block | None
-) -> None:
+def _views_in_scratch(layer: Layer) -> PlaceViews:
+    block, region = layer.scratch_block, layer.scratch
+    assert block is not None and region is not None, "it has its scratch"
+    place = (region.offset, layer.has_values)
+    places = block.kept.setdefault(layer, {})
+    found: PlaceViews | None = places.get(place)
+    if found is None:
+        if len(places) >= _PLACES_KEPT:
+            places.clear()
+        with torch.inference_mode(False):
+            found = places[place] = _scratch_views(layer, block, region.offset)
+    return found
+
+
+def fill_residence(layer: Layer, blocks: list[Block], found: PlaceViews) -> None:
     """Cast or decode a layer's streamed bytes into its resident blocks."""
     for index, (piece, block) in enumerate(zip(layer.pieces, blocks, strict=True)):
         master = piece.master
+        source = found.pieces[index]
         target = block.typed(resident_dtype(master))[: master.count]
         if kept_scale_bytes(master):
-            source, start = rest_source(layer, piece, region_block)
-            source = source[start : start + master.count]
-            make_scaled(layer, index, source, target)
+            make_scaled(layer, index, _at_rest(master, source), target)
         else:
-            _expand(layer, piece, region_block, target)
+            _expand(master, source, target, coded=True)
 
 
-def rest_source(
-    layer: Layer, piece: Piece, region_block: Block | None
-) -> tuple[torch.Tensor, int]:
-    """Return a flat tensor of what was copied, and where the master begins in it."""
-    master = piece.master
-    if piece.region_offset is None:
-        return master.flat, 0
-    assert region_block is not None and layer.region is not None
-    dtype = torch.uint8 if master.mixed else master.codec.rest
-    start = (layer.region.offset + piece.region_offset) // dtype.itemsize
-    return region_block.typed(dtype), start
+def scaled_values(layer: Layer, found: PlaceViews) -> Values:
+    """Return the values of a layer of which some multiply in 8 bits; makes them.
+
+    Args:
+        layer: the layer, which has its scratch.
+        found: where it lies.
+    """
+    values: Values = []
+    for index, (piece, source) in enumerate(
+        zip(layer.pieces, found.pieces, strict=True)
+    ):
+        master, place = piece.master, layer.scratch_offset(piece)
+        if place is None:
+            continue
+        if master.codec.scaled:
+            flat, start = scaled_value(layer, index, _at_rest(master, source), place)
+        else:
+            assert layer.scratch_block is not None and layer.scratch is not None
+            dtype = master.codec.compute
+            flat = layer.scratch_block.typed(dtype)
+            start = (layer.scratch.offset + place) // dtype.itemsize
+            target = flat[start : start + master.count]
+            _expand(master, source, target, coded=not layer.has_values)
+        values += values_in(piece, flat, start)
+    return values
+
+
+def _region_views(layer: Layer, block: Block, offset: int) -> RegionViews:
+    """Look at a layer's region in a block."""
+    targets: list[tuple[Master, torch.Tensor]] = []
+    sources: list[torch.Tensor | None] = []
+    values: Values = []
+    for piece in layer.pieces:
+        master = piece.master
+        if piece.region_offset is None:
+            sources.append(None)
+            continue
+        begin = offset + piece.region_offset
+        targets.append((master, block.bytes[begin : begin + master.nbytes]))
+        if master.code is not None:
+            sources.append(block.typed(torch.int32)[begin // 4 :][: master.nbytes // 4])
+            continue
+        dtype = torch.uint8 if master.mixed else master.codec.rest
+        flat, start = block.typed(dtype), begin // dtype.itemsize
+        sources.append(flat[start : start + master.count])
+        if piece.scratch_offset is None:
+            values += values_in(piece, flat, start)
+    return RegionViews(sources, values, targets)
+
+
+def _residence_views(layer: Layer, blocks: list[Block]) -> PlaceViews:
+    """Look at a layer's residence."""
+    sources: list[torch.Tensor | None] = []
+    values: Values = []
+    for piece, block in zip(layer.pieces, blocks, strict=True):
+        master = piece.master
+        if layer.keeps_code and master.code is not None:
+            sources.append(block.typed(torch.int32)[: master.nbytes // 4])
+            continue
+        flat = block.typed(resident_dtype(master))
+        sources.append(flat[: master.count])
+        if layer.scratch_offset(piece) is None:
+            values += values_in(piece, flat, 0)
+    return PlaceViews(sources, values)
+
+
+def _scratch_views(layer: Layer, block: Block, offset: int) -> PlaceViews:
+    """Look at what is made of a layer in its scratch."""
+    targets: list[torch.Tensor | None] = []
+    values: Values = []
+    for piece in layer.pieces:
+        master, place = piece.master, layer.scratch_offset(piece)
+        if place is None:
+            targets.append(None)
+            continue
+        dtype = master.codec.compute
+        flat, start = block.typed(dtype), (offset + place) // dtype.itemsize
+        target = flat[start : start + master.count]
+        coded = master.code is not None and not layer.has_values
+        targets.append(target.view(torch.int16) if coded else target)
+        values += values_in(piece, flat, start)
+    return PlaceViews(targets, values)
+
+
+def _at_rest(master: Master, source: torch.Tensor | None) -> torch.Tensor:
+    """Return a master's values as they came, or where the device reads them at rest."""
+    return master.flat if source is None else source
 
 
 def _expand(
-    layer: Layer, piece: Piece, region_block: Block | None, target: torch.Tensor
+    master: Master, source: torch.Tensor | None, target: torch.Tensor, *, coded: bool
 ) -> None:
-    """Cast or decode what was copied of a master."""
-    master, code = piece.master, piece.master.code
+    """Cast a master, or decode it.
+
+    Args:
+        master: the master.
+        source: its values or its code; None where the device reads it at rest.
+        target: takes its values.
+        coded: what has a code comes as that.
+    """
+    code = master.code if coded else None
     if code is None:
-        source, start = rest_source(layer, piece, region_block)
-        target.copy_(source[start : start + master.count])
-    elif piece.region_offset is None:
-        _decode(master, code.data, target)
-    else:
-        assert region_block is not None and layer.region is not None
-        start = layer.region.offset + piece.region_offset
-        _decode(master, region_block.bytes[start : start + code.nbytes], target)
-
-
-def _decode(master: Master, coded: torch.Tensor, target: torch.Tensor) -> None:
-    assert master.code is not None
-    if master.code.fits:
-        master.code.decode_into(coded, target)
-    else:
-        target.copy_(master.flat)  # see [Note: coded masters]
+        target.copy_(_at_rest(master, source))
+    elif code.fits:
+        code.decode_into(code.data if source is None else source, target)
+    else:  # see [Note: coded masters]
+        target.view(master.codec.rest).copy_(master.flat)

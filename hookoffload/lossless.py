@@ -96,15 +96,18 @@ def decode(layout: CodeLayout, coded: torch.Tensor, output: torch.Tensor) -> Non
 
     Args:
         layout: of the coded tensor.
-        coded: the coded bytes, flat.
-        output: takes the values: flat, contiguous, of the layout's dtype and count.
+        coded: the coded bytes, flat, or the words of 32 bits that they make.
+        output: takes the values: flat, contiguous, of the layout's dtype and count, or
+            as halves of words (int16).
     """
     fused = fused_decoder(output.device) if output.is_cuda else None
-    if fused is not None and not (coded.data_ptr() | output.data_ptr()) % 4:
+    if fused is None or (coded.data_ptr() | output.data_ptr()) % 4:
+        decode_in_torch(layout, coded.view(torch.uint8), output.view(layout.dtype))
+    elif output.device.index == torch.cuda.current_device():  # nearly always
+        fused(layout, coded, output)
+    else:
         with torch.cuda.device(output.device):
             fused(layout, coded, output)
-    else:
-        decode_in_torch(layout, coded, output)
 
 
 def known_decode_seconds(device: torch.device) -> float | None:

@@ -50,6 +50,7 @@ beyond the tensor that is decoded into.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -116,6 +117,13 @@ class CodeLayout:
     def values_at(self) -> int:
         """The byte at which the values of patches begin."""
         return self.indices_at + _aligned(4 * self.patches)
+
+    @cached_property
+    def kernel_arguments(self) -> tuple[int, int, int, int, int]:
+        """What a kernel has to know: count, base, and the words at which parts begin."""
+        parts = (self.starts_at, self.indices_at, self.values_at)
+        starts, indices, values = (at // 4 for at in parts)
+        return self.count, self.base, starts, indices, values
 
     @property
     def nbytes(self) -> int:

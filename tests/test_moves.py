@@ -11,6 +11,7 @@ from hookoffload import OffloadPolicy, offloaded
 from hookoffload.device_memory import Block
 from hookoffload.layer import Layer
 from hookoffload.layer_parts import RegionViews
+from hookoffload.layer_values import views_in
 from hookoffload.master import Master
 from hookoffload.moves import Move
 from hookoffload.pinning import _move_into_slab
@@ -24,7 +25,7 @@ def _views(masters: list[Master]) -> tuple[RegionViews, Block]:
     layer.measure(torch.device("cuda"), may_stay=True)
     block = Block(torch.zeros(layer.stream_bytes, dtype=torch.uint8), "window")
     layer.region = Region(0, layer.stream_bytes)
-    return layer.views_in(block), block
+    return views_in(layer, block), block
 
 
 def _masters(model: nn.Module) -> list[Master]:
