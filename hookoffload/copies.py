@@ -96,8 +96,11 @@ class CopyEngine(Protocol):
     def done(self) -> object | None:
         """Return a token for "the forward that ends now has ended"."""
 
+    def computed(self) -> object | None:
+        """Return a token like `done`, for memory that compute alone uses."""
+
     def order_after(self, tokens: Sequence[object]) -> None:
-        """Let compute that is queued from now on run after the tokens."""
+        """Let compute that is queued from now on run after tokens of `computed`."""
 
     def fence(self) -> None:
         """Let later copies run after all compute queued so far (new memory)."""

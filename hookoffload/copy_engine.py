@@ -15,8 +15,10 @@ Who owns a region of the window, and when:
    forward. The region goes back to the ring with that event as its token (1).
 
 A master must not change between 2 and 3: the session looks at its version before it
-binds, and copies again if it moved. Scratch is written and read by the compute
-stream alone; its tokens are the same ``done`` events, waited for by that stream.
+binds, and copies again if it moved. Scratch is written and read by compute streams
+alone. Its token is the stream itself if that is the default one: a next user on the
+same stream need not wait, and one on another has an event recorded there, which is
+behind the last user. On other streams, which their owners may destroy, it is an event.
 
 The host runs ahead of the device: all of this is queued, nothing is waited for on
 the host, with one exception. Bytes that are not page-locked (from a file, or beyond
@@ -133,16 +135,34 @@ class StreamCopyEngine:
 
     def done(self) -> object | None:
         """Return an event behind the work that the current stream has so far."""
-        event = torch.Event(self._device)
-        event.record(torch.accelerator.current_stream(self._index))
-        return event
+        return self._behind(torch.accelerator.current_stream(self._index))
+
+    def computed(self) -> object | None:
+        """Return the current stream if it is the default one, else an event.
+
+        Most often the next user is on the same stream, and need not wait. Only the
+        default stream is sure to be there when a next user on another stream comes.
+        """
+        stream = torch.accelerator.current_stream(self._index)
+        return self._behind(stream) if stream.stream_id else stream
 
     def order_after(self, tokens: Sequence[object]) -> None:
-        """Make the current stream wait for the tokens."""
+        """Make the current stream wait for tokens of `computed`."""
+        if not tokens:
+            return
         stream = torch.accelerator.current_stream(self._index)
         for token in tokens:
+            if isinstance(token, torch.Stream):
+                if token.stream_id == stream.stream_id:
+                    continue
+                token = self._behind(token)
             assert isinstance(token, torch.Event)
             token.wait(stream)
+
+    def _behind(self, stream: torch.Stream) -> torch.Event:
+        event = torch.Event(self._device)
+        event.record(stream)
+        return event
 
     def fence(self) -> None:
         """Make the copy stream wait for the work that the current stream has so far.

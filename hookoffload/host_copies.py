@@ -45,6 +45,10 @@ class HostCopyEngine:
         """Return None: a forward on the CPU has ended when its hook runs."""
         return None
 
+    def computed(self) -> object | None:
+        """Return None, see `done`."""
+        return None
+
     def order_after(self, tokens: Sequence[object]) -> None:
         """Do nothing: compute on a CPU runs in program order."""
 

@@ -120,7 +120,7 @@ class CodeLayout:
 
     @cached_property
     def kernel_arguments(self) -> tuple[int, int, int, int, int]:
-        """What a kernel has to know: count, base, and the words at which parts begin."""
+        """What a kernel has to know: count, base, and the words where parts begin."""
         parts = (self.starts_at, self.indices_at, self.values_at)
         starts, indices, values = (at // 4 for at in parts)
         return self.count, self.base, starts, indices, values

@@ -196,7 +196,7 @@ class Window:
         if self._poison:  # it is the compute stream's alone
             block.bytes[region.offset : region.offset + region.nbytes].fill_(POISON)
         if block is self._scratch_block:
-            self._scratch.pop(region, self._engine.done())
+            self._scratch.pop(region, self._engine.computed())
         else:
             self._memory.free(block)
 

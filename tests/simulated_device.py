@@ -30,6 +30,7 @@ class Stream:
     def __init__(self, device: torch.device, name: str = "copies") -> None:
         self.device = device
         self.device_index = 0
+        self.stream_id = 0 if name == "compute" else 1 + len(self._all)
         self.name = f"{name} {next(self._numbers)}"
         self.clock: Clock = {self.name: 0}
         self._all.append(self)

@@ -161,6 +161,32 @@ def test_compute_waits_for_tokens_of_scratch(device: Simulation) -> None:
     engine.close()
 
 
+def test_scratch_goes_on_without_an_event_on_the_default_stream(
+    device: Simulation,
+) -> None:
+    engine = StreamCopyEngine(CPU)
+    token = engine.computed()
+    engine.order_after((token,))
+    assert device.log == []
+    engine.close()
+
+
+@pytest.mark.parametrize("first", ["default", "another"])
+def test_scratch_that_another_stream_used_is_waited_for(
+    first: str, device: Simulation
+) -> None:
+    engine = StreamCopyEngine(CPU)
+    streams = [device.compute, Stream(CPU, "another")]
+    before, after = streams if first == "default" else streams[::-1]
+    device.set_stream(before)
+    token = engine.computed()
+    used = before.tick() if first == "default" else before.clock[before.name]
+    device.set_stream(after)
+    engine.order_after((token,))
+    assert after.clock[before.name] >= used
+    engine.close()
+
+
 def test_copies_into_new_memory_come_after_compute_that_used_it(
     device: Simulation,
 ) -> None:
