@@ -33,8 +33,7 @@ class HostEncoder:
         self._upper = np.empty(0, np.uint16)  # only for fp32
         self._filled = np.empty(0, np.uint8)
 
-    @property
-    def chunk_values(self) -> int:
+    def chunk_values(self, dtype: torch.dtype) -> int:
         """See `ChunkEncoder`."""
         return _CHUNK_VALUES
 
