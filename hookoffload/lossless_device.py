@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = (2**25, 2**24, 2**23, 2**22)
 
 # Chunk and output; and what plain PyTorch computes from them, words of two values each.
-_FUSED_SHARE, _TORCH_SHARE = 2, 12
+_FUSED_SHARE, _TORCH_SHARE = 2, 8
 
 # Patches for each block that come back with its planes: normal weights have fewer.
 _FIRST_PATCHES = 4

@@ -488,12 +488,11 @@ def test_encoders_take_large_chunks_where_the_device_has_room(
             assert taken <= limit - used
         return threads, chunk_bytes
 
-    largest = 2**25 if fused else 2**24
-    assert chosen(None) == chosen(8 * 2**30) == (8, largest)
-    assert chosen(8 * 2**30, used=7 * 2**30) == (8, 2**25 if fused else 2**23)
-    assert chosen(2**28) == ((8, 2**24) if fused else (5, 2**22))
-    assert chosen(2**27) == ((8, 2**23) if fused else (2, 2**22))
-    assert chosen(2**25) == ((4, 2**22) if fused else (0, 2**22))
+    assert chosen(None) == chosen(8 * 2**30) == (8, 2**25)
+    assert chosen(8 * 2**30, used=7 * 2**30) == (8, 2**25 if fused else 2**24)
+    assert chosen(2**28) == (8, 2**24 if fused else 2**22)
+    assert chosen(2**27) == ((8, 2**23) if fused else (4, 2**22))
+    assert chosen(2**25) == ((4, 2**22) if fused else (1, 2**22))
     assert chosen(2**22)[0] == chosen(0)[0] == 0
     free = 2**30
-    assert chosen(None) == (8, 2**25 if fused else 2**22)
+    assert chosen(None) == (8, 2**25 if fused else 2**23)
