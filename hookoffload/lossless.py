@@ -82,8 +82,8 @@ def encode_from(
     """Encode values that lie elsewhere, a few MiB at a time.
 
     Args:
-        source: a flat contiguous tensor, or what returns the values from one index to
-            another as one.
+        source: a flat contiguous tensor, or what reads values from an index on into a
+            part of one.
         count: values.
         dtype: their dtype.
         encoder: what encodes them.

@@ -10,8 +10,9 @@ copy back, which brings the first patches as well, and one wait. Meanwhile the c
 other threads are copied.
 
 An encoder keeps its memory: on the device a chunk and as much for what it is encoded
-into, and in host RAM one page-locked piece for both directions. Tensors are encoded in
-the order of their sizes, so the first one's chunk is as large as any.
+into, and in host RAM one page-locked piece for both directions, which files are read
+into directly. Tensors are encoded in the order of their sizes, so the first one's chunk
+is as large as any.
 """
 
 from __future__ import annotations
@@ -60,11 +61,10 @@ class DeviceEncoder:
     """
 
     __slots__ = (
-        "_chunk",
         "_chunk_bytes",
         "_device",
         "_encode_chunk",
-        "_output",
+        "_memory",
         "_staging",
         "_stream",
     )
@@ -83,12 +83,16 @@ class DeviceEncoder:
             self._stream = torch.cuda.Stream(device)
             # The weights themselves may lie on the device, and be barely there.
             self._stream.wait_stream(torch.cuda.default_stream(device))
-        self._chunk = self._output = torch.empty(0, dtype=torch.int32)
+        self._memory = torch.empty(0, dtype=torch.int32)
         self._staging: LockedPages | None = None
 
     def chunk_values(self, dtype: torch.dtype) -> int:
         """See `ChunkEncoder`."""
         return self._chunk_bytes // dtype.itemsize
+
+    def buffer(self, layout: CodeLayout) -> torch.Tensor:
+        """See `ChunkEncoder`."""
+        return self._staging_for(layout).view(layout.dtype)
 
     def encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor
@@ -106,12 +110,17 @@ class DeviceEncoder:
     def _encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor
     ) -> Patches:
-        staging = self._memory_for(layout)
+        staging = self._staging_for(layout)
+        if self._memory.nbytes < 2 * staging.nbytes:
+            self._memory = torch.empty(0, dtype=torch.int32)  # given back first
+            self._memory = torch.empty(
+                staging.nbytes // 2, dtype=torch.int32, device=self._device
+            )
         part = CodeLayout(
             dtype=layout.dtype, count=values.numel(), base=layout.base, patches=0
         )
         words = words_of(part)
-        chunk, output = self._chunk[:words], self._output[:words]
+        chunk, output = self._memory[:words], self._memory[words : 2 * words]
         self._bring_in(values, chunk, staging)
         encode = self._encode_chunk or self._fastest(part.wide)
         encode(part, chunk, output)
@@ -134,20 +143,17 @@ class DeviceEncoder:
                 raw[source_at : source_at + size * blocks],
             )
         if patches > room:
-            return patches_of(values, start, layout)
+            self._bring_back(chunk, staging, 0, chunk.nbytes)
+            again = staging.view(layout.dtype)[: part.count]
+            return patches_of(again, start, layout)
         # By their indices, which are the upper bits.
         packed = np.sort(raw[patches_at : patches_at + 8 * patches].view(np.int64))
         return start + (packed >> 16), packed.astype(np.uint16).view(np.int16)
 
-    def _memory_for(self, layout: CodeLayout) -> torch.Tensor:
-        """Have memory for the chunks of a tensor, and return what is page-locked."""
+    def _staging_for(self, layout: CodeLayout) -> torch.Tensor:
+        """Return page-locked memory for a tensor's chunks."""
         nbytes = min(self._chunk_bytes, 4 * words_of(layout))
         if self._staging is None or self._staging.memory.numel() < nbytes:
-            self._chunk = self._output = torch.empty(0, dtype=torch.int32)
-            self._chunk, self._output = (
-                torch.empty(nbytes // 4, dtype=torch.int32, device=self._device)
-                for _ in range(2)
-            )
             self._staging = LockedPages(nbytes, self._device)
         return self._staging.memory
 
@@ -159,20 +165,21 @@ class DeviceEncoder:
         self, values: torch.Tensor, chunk: torch.Tensor, staging: torch.Tensor
     ) -> None:
         """Have values in a chunk, filled up with zeros."""
-        if values.device.type != "cpu" and values.device == self._device:
+        if self._stream is not None and values.device == self._stream.device:
             flat = chunk.view(values.dtype)
             flat[: values.numel()].copy_(values)
             flat[values.numel() :].zero_()
             return
         raw, source = staging.numpy(), values.cpu().view(torch.uint8)
-        np.copyto(raw[: source.numel()], source.numpy())
+        if source.data_ptr() != staging.data_ptr():
+            np.copyto(raw[: source.numel()], source.numpy())
         raw[source.numel() : chunk.nbytes] = 0
         chunk.copy_(staging[: chunk.nbytes].view(torch.int32), non_blocking=True)
 
     def _bring_back(
         self, output: torch.Tensor, staging: torch.Tensor, start: int, stop: int
     ) -> None:
-        """Copy some bytes to the same place in page-locked memory."""
+        """Copy some bytes to the same place in page-locked memory, and wait for it."""
         target = staging[start:stop].view(torch.int32)
         target.copy_(output[start // 4 : stop // 4], non_blocking=True)
         if self._stream is not None:

@@ -25,10 +25,9 @@ from .lossless_layout import BLOCK, BYTES_PER_PATCH, SEGMENT, CodeLayout
 # The indices of values, and their upper halves.
 Patches = tuple[npt.NDArray[np.int64], npt.NDArray[np.int16]]
 
-# Reads values: from the first index, to the second.
-Reader = Callable[[int, int], torch.Tensor]
-
-# Where values come from: a flat contiguous tensor, or what reads them.
+# Where values come from: a flat contiguous tensor, or what reads them, from an index
+# on, into a part of one.
+Reader = Callable[[int, torch.Tensor], None]
 Source = torch.Tensor | Reader
 
 CODED_DTYPES = frozenset({torch.bfloat16, torch.float32})
@@ -53,13 +52,20 @@ class ChunkEncoder(Protocol):
     def chunk_values(self, dtype: torch.dtype) -> int:
         """Return how many values to give it at most, a multiple of a block's."""
 
+    def buffer(self, layout: CodeLayout) -> torch.Tensor:
+        """Return memory to read a tensor's chunks into, of its dtype.
+
+        The next call of `encode` takes them from there without a copy in host RAM, and
+        uses the memory for other things.
+        """
+
     def encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor
     ) -> Patches:
         """Encode values into the planes, from index ``start``, a block's first, on.
 
         Args:
-            values: flat, anywhere; no more than `chunk_values`.
+            values: flat, in the `buffer` or anywhere; no more than `chunk_values`.
             start: the index of the first of them in their tensor.
             layout: of the tensor, but for its patches.
             coded: takes the planes; in host RAM.
@@ -75,8 +81,7 @@ def encode_values(
     """Encode values, wherever they lie.
 
     Args:
-        source: where they come from. A reader returns values by their indices, as a
-            flat tensor, from where they lie. It is asked for a sample, and then for all
+        source: where they come from. A reader is asked for a sample, and then for all
             of them in sequence.
         count: values.
         dtype: their dtype.
@@ -88,7 +93,7 @@ def encode_values(
     """
     if dtype not in CODED_DTYPES or not 0 < count <= _MOST_VALUES:
         return None
-    base, escaping = _choose_base(source, count)
+    base, escaping = _choose_base(source, count, dtype)
     layout = CodeLayout(dtype=dtype, count=count, base=base, patches=0)
     most = layout.raw_bytes - layout.raw_bytes // _LEAST_SAVING
     expected = int(escaping * count) * BYTES_PER_PATCH
@@ -105,7 +110,12 @@ def encode_values(
     chunks = -(-count // encoder.chunk_values(dtype))
     size = -(-count // (chunks * BLOCK)) * BLOCK
     for start in range(0, count, size):
-        chunk = _read(source, start, min(start + size, count))
+        stop = min(start + size, count)
+        if isinstance(source, torch.Tensor):
+            chunk = source[start:stop]
+        else:
+            chunk = encoder.buffer(layout)[: stop - start]
+            source(start, chunk)
         at, upper = encoder.encode(chunk, start, layout, coded)
         indices.append(at)
         values.append(upper)
@@ -142,19 +152,13 @@ def patches_of(values: torch.Tensor, start: int, layout: CodeLayout) -> Patches:
     return start + places, upper[places].view(np.int16)
 
 
-def _read(source: Source, start: int, stop: int) -> torch.Tensor:
-    if isinstance(source, torch.Tensor):
-        return source[start:stop]
-    return source(start, stop)
-
-
-def _choose_base(source: Source, count: int) -> tuple[int, float]:
+def _choose_base(source: Source, count: int, dtype: torch.dtype) -> tuple[int, float]:
     """Return the base that leaves the fewest patches, and what part they make.
 
     Looks at a sample of large tensors: another base would be right as well.
     """
     counts = np.zeros(256, np.int64)
-    for values in _sample(source, count):
+    for values in _sample(source, count, dtype):
         exponents = _exponents(_upper_halves(values))
         counts += np.bincount(exponents.reshape(-1), minlength=256)
     sums = np.concatenate([[0], counts[1:].cumsum()])  # of the exponents from 1 to i
@@ -164,16 +168,20 @@ def _choose_base(source: Source, count: int) -> tuple[int, float]:
     return base, 1 - coded / int(counts.sum())
 
 
-def _sample(source: Source, count: int) -> list[torch.Tensor]:
-    """Return slices of values, spread evenly; a row each where one view can do it."""
+def _sample(source: Source, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return slices of values, spread evenly; a row each of those that are whole."""
     size, step = _SAMPLED_SLICE, max(_SAMPLED_SLICE, count // _SAMPLED_SLICES)
     starts = range(0, count, step)
-    if not isinstance(source, torch.Tensor):
-        return [source(start, min(start + size, count)) for start in starts]
     rows = len(range(0, count - size + 1, step))  # the last slice may be cut off
-    whole = source.as_strided((rows, size), (step, 1), source.storage_offset())
-    rest = [source[start : start + size] for start in starts[rows:]]
-    return [whole, *rest] if rows else rest
+    rest = min(size, count - starts[-1]) if rows < len(starts) else 0
+    if isinstance(source, torch.Tensor):
+        shape, offset = (rows, size), source.storage_offset()
+        whole = source.as_strided(shape, (step, 1), offset) if rows else source[:0]
+        return [whole, source[count - rest :]]
+    read = torch.empty(rows * size + rest, dtype=dtype)
+    for start, part in zip(starts, read.split(size), strict=True):
+        source(start, part)
+    return [read]
 
 
 def _upper_halves(values: torch.Tensor) -> npt.NDArray[np.uint16]:

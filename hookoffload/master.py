@@ -187,14 +187,10 @@ class Master:
         if location is None:
             return flat
 
-        def read(start: int, stop: int) -> torch.Tensor:
+        def read(start: int, part: torch.Tensor) -> None:
             # Not through the map: what it has read once stays counted as this
             # process's memory.
-            part = torch.empty(stop - start, dtype=flat.dtype)
-            location.file.read_into(
-                location, part.view(torch.uint8), start * flat.itemsize
-            )
-            return part
+            location.file.read_into(location, part, start * part.itemsize)
 
         return read
 

@@ -255,7 +255,7 @@ def print_encoding_by_parts(weights: Sequence[torch.Tensor], way: EncodeChunk) -
     output = torch.empty_like(chunk)
     kernel = device_seconds(lambda: way(layout, chunk, output))
     launch = wall_seconds(lambda: way(layout, chunk, output), 100)
-    base, _ = seconds(lambda: _choose_base(small, small.numel()), 5)
+    base, _ = seconds(lambda: _choose_base(small, small.numel(), BF16), 5)
     encoder = DeviceEncoder(GPU, CHUNK_BYTES[0], way)
 
     def whole() -> object:
