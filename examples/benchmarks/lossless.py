@@ -277,8 +277,10 @@ def encoding_rate(
 ) -> float:
     """Returns bytes of weights that are encoded in a second."""
     idle = [make_encoder() for _ in range(threads)]
-    for encoder in idle:  # it takes its memory
-        encode_from(weights[0], weights[0].numel(), BF16, encoder)
+    ordered = sorted(weights, key=lambda weight: -weight.nbytes)
+
+    def begin(encoder: ChunkEncoder) -> None:
+        encode_from(ordered[0], ordered[0].numel(), BF16, encoder)
 
     def work(weight: torch.Tensor) -> Coded | None:
         encoder = idle.pop()
@@ -286,9 +288,9 @@ def encoding_rate(
         idle.append(encoder)
         return coded
 
-    ordered = sorted(weights, key=lambda weight: -weight.nbytes)
     with ThreadPoolExecutor(threads) as pool:
-        # They are kept meanwhile, as those of a model are.
+        list(pool.map(begin, idle))  # they take their memory
+        # Codes are kept meanwhile, as those of a model are.
         taken, _ = seconds(lambda: list(pool.map(work, ordered)), 1)
     return sum(weight.nbytes for weight in weights) / taken
 
