@@ -37,7 +37,8 @@ from .resolved_policy import ResolvedPolicy
 from .safetensors_file import TensorLocation
 
 # Behind so many, copies in host RAM and the link are what takes the time; with fewer
-# than a few, they wait for each other.
+# than a few, they wait for each other, see [Note: what encoding on a device takes].
+# `examples/benchmarks/lossless.py --encoding` measures other numbers.
 _DEVICE_THREADS, _FEW_THREADS = 8, 6
 # What encoders may take of a device for a moment, and the part of what is free there.
 _ENCODING_BYTES, _ENCODING_SHARE = 2**31, 2
