@@ -25,7 +25,7 @@ from .codable import (
 )
 from .host_memory import automatic_limit
 from .lossless import TIMED_BYTES, decode_seconds, fused_decoder
-from .lossless_device import BYTES_PER_VALUE, CHUNK_VALUES, DeviceEncoder
+from .lossless_device import CHUNK_BYTES, DeviceEncoder, fused_encoder, taken_bytes
 from .lossless_encoder import ChunkEncoder
 from .lossless_host import HostEncoder
 from .master import Master
@@ -37,7 +37,8 @@ from .resolved_policy import ResolvedPolicy
 from .safetensors_file import TensorLocation
 
 # Behind so many, copies in host RAM and the link are what takes the time; with fewer
-# than a few, they wait for each other.
+# than a few, they wait for each other, see [Note: what encoding on a device takes].
+# `examples/benchmarks/lossless.py --encoding` measures other numbers.
 _DEVICE_THREADS, _FEW_THREADS = 8, 6
 # What encoders may take of a device for a moment, and the part of what is free there.
 _ENCODING_BYTES, _ENCODING_SHARE = 2**31, 2
@@ -205,17 +206,20 @@ def _encode(
     if not masters:
         return
     device = policy.compute_device
-    threads, chunk_values = _device_encoders(policy, budget)
+    dtypes = {master.flat.dtype for master in masters}
+    threads, chunk_bytes, taken = _device_encoders(dtypes, policy, budget)
     if threads:
-        taken = threads * chunk_values * BYTES_PER_VALUE
         budget.reserve("encoding", taken)
+        # What the window and residents were in would be kept beside what encoders take.
+        torch.cuda.empty_cache()
         try:
-            make = partial(DeviceEncoder, device, chunk_values)
+            make = partial(DeviceEncoder, device, chunk_bytes)
             _encode_in_threads(masters, threads, make, work)
+            torch.cuda.empty_cache()  # no other stream can use what these took
             if taken >= 2 * TIMED_BYTES:
                 decode_seconds(device, TIMED_BYTES)  # for figures
         finally:
-            torch.cuda.empty_cache()  # no other stream can use what these took
+            torch.cuda.empty_cache()
             budget.release("encoding", taken)
     else:
         _encode_in_threads(masters, torch.get_num_threads(), HostEncoder, work)
@@ -223,22 +227,29 @@ def _encode(
         fused_decoder(device)  # compiled now rather than in the first forward
 
 
-def _device_encoders(policy: ResolvedPolicy, budget: MemoryBudget) -> tuple[int, int]:
-    """Return how many threads encode on the device, and the values of their chunks."""
+def _device_encoders(
+    dtypes: set[torch.dtype], policy: ResolvedPolicy, budget: MemoryBudget
+) -> tuple[int, int, int]:
+    """Return how many threads encode on the device, their chunks, and what they take.
+
+    Chunks and what all of them take there together are in bytes.
+    """
     device, limit = policy.compute_device, policy.limit_bytes
     # Who wants as little as possible there shall not find it full at attach.
     if device.type != "cuda" or limit == 0:
-        return 0, 0
+        return 0, 0, 0
     most = min(_ENCODING_BYTES, automatic_limit(device) // _ENCODING_SHARE)
     if limit is not None:
         most = min(most, limit - budget.total_used)
-    threads = chunk_values = 0
-    for chunk_values in CHUNK_VALUES:
-        room = max(most, 0) // (chunk_values * BYTES_PER_VALUE)
-        threads = min(room, _DEVICE_THREADS, os.cpu_count() or 1)
+    # Compiled here, and not by several threads.
+    fused = all([fused_encoder(device, dtype.itemsize == 4) for dtype in dtypes])
+    threads = chunk_bytes = taken = 0
+    for chunk_bytes in CHUNK_BYTES:
+        taken = taken_bytes(chunk_bytes, fused=fused)
+        threads = min(max(most, 0) // taken, _DEVICE_THREADS, os.cpu_count() or 1)
         if threads >= min(_FEW_THREADS, os.cpu_count() or 1):
             break
-    return threads, chunk_values
+    return threads, chunk_bytes, threads * taken
 
 
 def _encode_in_threads(

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -134,7 +135,7 @@ def prefer_huge_pages(tensor: torch.Tensor) -> None:
     if advice is not None and start < end:
         with suppress(OSError, AttributeError):
             # Whole pages inside the tensor: memory of others is left as it is.
-            ctypes.CDLL(None).madvise(
+            _libc().madvise(
                 ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice
             )
 
@@ -146,6 +147,11 @@ def trim_heap() -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:  # musl has none
         trim(0)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)  # opening it takes longer than most calls

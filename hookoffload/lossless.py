@@ -12,7 +12,7 @@ import torch
 
 from .lossless_decoder import decode_in_torch
 from .lossless_device import DeviceEncoder
-from .lossless_encoder import ChunkEncoder, Reader, encode_values
+from .lossless_encoder import ChunkEncoder, Source, encode_values
 from .lossless_host import HostEncoder
 from .lossless_layout import SEGMENT, CodeLayout
 
@@ -71,23 +71,24 @@ def encode(values: torch.Tensor, device: torch.device = _CPU) -> Coded | None:
         >>> torch.equal(weights, decoded)
         True
     """
-    flat = values.detach().reshape(-1)
+    flat = values.detach().reshape(-1).contiguous()
     encoder = HostEncoder() if device.type == "cpu" else DeviceEncoder(device)
-    return encode_from(lambda a, b: flat[a:b], flat.numel(), flat.dtype, encoder)
+    return encode_from(flat, flat.numel(), flat.dtype, encoder)
 
 
 def encode_from(
-    read: Reader, count: int, dtype: torch.dtype, encoder: ChunkEncoder
+    source: Source, count: int, dtype: torch.dtype, encoder: ChunkEncoder
 ) -> Coded | None:
     """Encode values that lie elsewhere, a few MiB at a time.
 
     Args:
-        read: returns the values from one index to another, as a flat tensor.
+        source: a flat contiguous tensor, or what reads values from an index on into a
+            part of one.
         count: values.
         dtype: their dtype.
         encoder: what encodes them.
     """
-    found = encode_values(read, count, dtype, encoder)
+    found = encode_values(source, count, dtype, encoder)
     return None if found is None else Coded(*found)
 
 

@@ -1,37 +1,54 @@
-"""Encodes chunks on an accelerator, see [Note: the lossless code].
+"""Encodes chunks on an accelerator, see [Note: encoded chunks].
 
-In plain PyTorch: the link and the host's own copies take longer than the few dozen
-launches for a chunk of megabytes. Chunks and codes pass through page-locked memory, as
-pageable copies would wait for each other in the driver. While a chunk computes, the
-chunks of other threads are copied.
+[Note: what encoding on a device takes]
+Encoding itself is nothing beside what brings values there and codes back: two copies in
+host RAM, into and out of page-locked memory, the first touch of the codes' pages, and
+the link. All of them run without Python's lock; but each call of PyTorch gives that up
+and takes it again, and with several threads waits for its turn. A tensor is therefore
+divided into few chunks, and a chunk takes few calls: one copy there, one launch, one
+copy back, which brings the first patches as well, and one wait. Meanwhile the chunks of
+other threads are copied.
+
+An encoder keeps its memory: on the device a chunk and as much for what it is encoded
+into, and in host RAM one page-locked piece for both directions, which files are read
+into directly. Tensors are encoded in the order of their sizes, so the first one's chunk
+is as large as any.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from .lossless_encoder import Patches
+from .locked_pages import LockedPages
+from .lossless_chunk import EncodeChunk, encode_in_torch, room_for_patches, words_of
+from .lossless_encoder import Patches, patches_of
 from .lossless_layout import BLOCK, CodeLayout
 
-# A chunk is a few dozen launches, which threads of one process can only do in turn:
-# with 2**21 values these took most of the time that weights of 41 GB did (one H200).
-CHUNK_VALUES = (2**24, 2**23, 2**22, 2**21)
-# What an encoder takes on its device at most, for each value of a chunk: as fp32, with
-# what is computed from it, in which everything but the values is half as large.
-BYTES_PER_VALUE = 32
+logger = logging.getLogger(__name__)
 
-# Masks for words of two values, one in each half.
-_SIGN = 0x00800080
-_MANTISSA = 0x007F007F
-_EXPONENT = 0x00FF00FF
-_CODE = 0x000F000F
-_OUTSIDE = 0x01F001F0
-_ONES = 0x00010001
-_ALMOST = 0x7FFF7FFF
-_TOPS = -0x7FFF8000  # 0x80008000
-_LOWER = 0x0000FFFF
-_UPPER = -0x10000  # 0xFFFF0000
+# Sizes of chunks to choose from, as bytes of values.
+CHUNK_BYTES = (2**25, 2**24, 2**23, 2**22)
+
+# Chunk and output; and what plain PyTorch computes from them, words of two values each.
+_FUSED_SHARE, _TORCH_SHARE = 2, 8
+
+# Patches for each block that come back with its planes: normal weights have fewer.
+_FIRST_PATCHES = 4
+
+
+def taken_bytes(chunk_bytes: int, *, fused: bool) -> int:
+    """Return what an encoder takes on its device at most.
+
+    Args:
+        chunk_bytes: of its chunks.
+        fused: whether there is a `fused_encoder`.
+    """
+    return chunk_bytes * (_FUSED_SHARE if fused else _TORCH_SHARE)
 
 
 class DeviceEncoder:
@@ -39,28 +56,43 @@ class DeviceEncoder:
 
     Args:
         device: the CPU gives the same bytes, more slowly.
-        chunk_values: how many values to take at a time; see `CHUNK_VALUES`.
+        chunk_bytes: how much to take at a time, a multiple of a block's.
+        encode_chunk: what encodes chunks; default: the fastest that works.
     """
 
-    __slots__ = ("_chunk", "_chunk_values", "_device", "_planes", "_stream")
+    __slots__ = (
+        "_chunk_bytes",
+        "_device",
+        "_encode_chunk",
+        "_memory",
+        "_staging",
+        "_stream",
+    )
 
     def __init__(
-        self, device: torch.device, chunk_values: int = CHUNK_VALUES[-1]
+        self,
+        device: torch.device,
+        chunk_bytes: int = CHUNK_BYTES[-1],
+        encode_chunk: EncodeChunk | None = None,
     ) -> None:
         self._device = device
-        self._chunk_values = chunk_values
+        self._chunk_bytes = chunk_bytes
+        self._encode_chunk = encode_chunk
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             # The weights themselves may lie on the device, and be barely there.
             self._stream.wait_stream(torch.cuda.default_stream(device))
-        self._chunk = torch.empty(0, dtype=torch.int32)
-        self._planes = torch.empty(0, dtype=torch.int32)
+        self._memory = torch.empty(0, dtype=torch.int32)
+        self._staging: LockedPages | None = None
 
-    @property
-    def chunk_values(self) -> int:
+    def chunk_values(self, dtype: torch.dtype) -> int:
         """See `ChunkEncoder`."""
-        return self._chunk_values
+        return self._chunk_bytes // dtype.itemsize
+
+    def buffer(self, layout: CodeLayout) -> torch.Tensor:
+        """See `ChunkEncoder`."""
+        return self._staging_for(layout).view(layout.dtype)
 
     def encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor
@@ -69,118 +101,114 @@ class DeviceEncoder:
         if self._stream is None:
             return self._encode(values, start, layout, coded)
         with torch.cuda.stream(self._stream):
-            return self._encode(values, start, layout, coded)
+            try:
+                return self._encode(values, start, layout, coded)
+            except BaseException:
+                self._stream.synchronize()  # memory that is copied must stay
+                raise
 
     def _encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor
     ) -> Patches:
-        first, blocks = start // BLOCK, -(-values.numel() // BLOCK)
-        words = self._on_device(values, blocks)
-        planes = []
-        if layout.wide:
-            pairs, lower = _divided(words.view(blocks, 2, BLOCK // 2))
-            planes.append((layout.lower_at + 2 * BLOCK * first, lower))
-        else:
-            pairs = words.view(blocks, BLOCK // 2)
-        planes.append((BLOCK * first, _signs_and_mantissas(pairs)))
-        codes, escaping = _codes(pairs, layout.base)
-        planes.append((layout.codes_at + BLOCK // 2 * first, codes))
-        waiting = self._start_down([plane for _, plane in planes])
-        patches = _patches(pairs, escaping, start, layout)
+        staging = self._staging_for(layout)
+        if self._memory.nbytes < 2 * staging.nbytes:
+            self._memory = torch.empty(0, dtype=torch.int32)  # given back first
+            self._memory = torch.empty(
+                staging.nbytes // 2, dtype=torch.int32, device=self._device
+            )
+        part = CodeLayout(
+            dtype=layout.dtype, count=values.numel(), base=layout.base, patches=0
+        )
+        words = words_of(part)
+        chunk, output = self._memory[:words], self._memory[words : 2 * words]
+        self._bring_in(values, chunk, staging)
+        encode = self._encode_chunk or self._fastest(part.wide)
+        encode(part, chunk, output)
+        room, first = room_for_patches(part), _FIRST_PATCHES * part.blocks
+        patches_at = part.starts_at + 8
+        self._bring_back(output, staging, 0, patches_at + 8 * first)
+        raw: npt.NDArray[np.uint8] = staging.numpy()
+        patches = int(raw[part.starts_at : patches_at].view(np.int64)[0])
+        if first < patches <= room:
+            self._bring_back(
+                output, staging, patches_at + 8 * first, patches_at + 8 * patches
+            )
+        block, blocks, target = start // BLOCK, part.blocks, coded.numpy()
+        planes = [(0, 0, BLOCK), (part.codes_at, layout.codes_at, BLOCK // 2)]
+        if part.wide:
+            planes.append((part.lower_at, layout.lower_at, 2 * BLOCK))
+        for source_at, target_at, size in planes:
+            np.copyto(
+                target[target_at + size * block :][: size * blocks],
+                raw[source_at : source_at + size * blocks],
+            )
+        if patches > room:
+            self._bring_back(chunk, staging, 0, chunk.nbytes)
+            again = staging.view(layout.dtype)[: part.count]
+            return patches_of(again, start, layout)
+        # By their indices, which are the upper bits.
+        packed = np.sort(raw[patches_at : patches_at + 8 * patches].view(np.int64))
+        return start + (packed >> 16), packed.astype(np.uint16).view(np.int16)
+
+    def _staging_for(self, layout: CodeLayout) -> torch.Tensor:
+        """Return page-locked memory for a tensor's chunks."""
+        nbytes = min(self._chunk_bytes, 4 * words_of(layout))
+        if self._staging is None or self._staging.memory.numel() < nbytes:
+            self._staging = LockedPages(nbytes, self._device)
+        return self._staging.memory
+
+    def _fastest(self, wide: bool) -> EncodeChunk:
+        fused = None if self._stream is None else fused_encoder(self._device, wide)
+        return fused or encode_in_torch
+
+    def _bring_in(
+        self, values: torch.Tensor, chunk: torch.Tensor, staging: torch.Tensor
+    ) -> None:
+        """Have values in a chunk, filled up with zeros."""
+        if self._stream is not None and values.device == self._stream.device:
+            flat = chunk.view(values.dtype)
+            flat[: values.numel()].copy_(values)
+            flat[values.numel() :].zero_()
+            return
+        raw, source = staging.numpy(), values.cpu().view(torch.uint8)
+        if source.data_ptr() != staging.data_ptr():
+            np.copyto(raw[: source.numel()], source.numpy())
+        raw[source.numel() : chunk.nbytes] = 0
+        chunk.copy_(staging[: chunk.nbytes].view(torch.int32), non_blocking=True)
+
+    def _bring_back(
+        self, output: torch.Tensor, staging: torch.Tensor, start: int, stop: int
+    ) -> None:
+        """Copy some bytes to the same place in page-locked memory, and wait for it."""
+        target = staging[start:stop].view(torch.int32)
+        target.copy_(output[start // 4 : stop // 4], non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
-        for (at, _), plane in zip(planes, waiting, strict=True):
-            target = coded[at : at + plane.nbytes].numpy()
-            np.copyto(target, plane.view(torch.uint8).numpy())
-        return patches
-
-    def _on_device(self, values: torch.Tensor, blocks: int) -> torch.Tensor:
-        """Bring whole blocks to the device as words, filled up with zeros."""
-        count = blocks * BLOCK
-        if self._stream is not None and values.device == self._stream.device:
-            filled = values.new_zeros(count)
-            filled[: values.numel()].copy_(values)
-            return filled.view(torch.int32)
-        size = count * values.element_size() // 4
-        if self._chunk.numel() < size:
-            self._chunk = self._staging(size)
-        staged = self._chunk[:size]
-        raw, source = staged.view(torch.uint8).numpy(), values.cpu().view(torch.uint8)
-        np.copyto(raw[: source.numel()], source.numpy())
-        raw[source.numel() :] = 0
-        return staged.to(self._device, non_blocking=True)
-
-    def _start_down(self, planes: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Begin to copy planes to page-locked memory."""
-        size = sum(plane.numel() for plane in planes)
-        if self._planes.numel() < size:
-            self._planes = self._staging(size)
-        parts = self._planes[:size].split([plane.numel() for plane in planes])
-        for part, plane in zip(parts, planes, strict=True):
-            part.view_as(plane).copy_(plane, non_blocking=True)
-        return list(parts)
-
-    def _staging(self, words: int) -> torch.Tensor:
-        return torch.empty(
-            words, dtype=torch.int32, pin_memory=self._stream is not None
-        )
 
 
-def _divided(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide fp32 values, in blocks of two rows, into upper and lower halves."""
-    first, second = values.unbind(1)
-    upper = (first >> 16).bitwise_and_(_LOWER).bitwise_or_(second & _UPPER)
-    lower = (second << 16).bitwise_or_(first & _LOWER)
-    return upper, lower
+@cache
+def fused_encoder(device: torch.device, wide: bool) -> EncodeChunk | None:
+    """Return what encodes chunks on a CUDA device by Triton, None where that fails.
 
+    Compiles it when it is asked for the first time, which takes a second.
 
-def _signs_and_mantissas(pairs: torch.Tensor) -> torch.Tensor:
-    signed = (pairs >> 8).bitwise_and_(_SIGN).bitwise_or_(pairs & _MANTISSA)
-    quarters = signed.view(-1, 2, 2, 128)
-    return (quarters[:, :, 1] << 8).bitwise_or_(quarters[:, :, 0])
+    Args:
+        device: the device.
+        wide: whether values are fp32.
+    """
+    dtype = torch.float32 if wide else torch.bfloat16
+    layout = CodeLayout(dtype=dtype, count=BLOCK, base=1, patches=0)
+    with torch.cuda.device(device), torch.inference_mode(False):
+        chunk = torch.zeros(words_of(layout), dtype=torch.int32, device=device)
+        try:
+            from .lossless_encode_kernel import encode_in_triton
 
-
-def _codes(pairs: torch.Tensor, base: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes, and words with the top bits set of halves to be patched."""
-    exponents = (pairs >> 7).bitwise_and_(_EXPONENT)
-    there = _not_zero(exponents)
-    # With 256 added, no half is below the base, and none borrows from the other.
-    exponents.add_((256 - base) * _ONES)
-    codes = exponents & _CODE
-    outside = exponents.bitwise_and_(_OUTSIDE).bitwise_xor_(_ONES << 8)
-    inside = _not_zero(codes).bitwise_and_(_not_zero(outside).bitwise_xor_(_TOPS))
-    codes.bitwise_and_((inside >> 15).bitwise_and_(_ONES).mul_(15))
-    quarters = codes.view(-1, 4, 128)
-    packed = (quarters[:, 1] << 4).bitwise_or_(quarters[:, 0])
-    packed.bitwise_or_(quarters[:, 2] << 8).bitwise_or_(quarters[:, 3] << 12)
-    return packed, there.bitwise_and_(inside.bitwise_xor_(_TOPS))
-
-
-def _not_zero(halves: torch.Tensor) -> torch.Tensor:
-    """Return words with the top bits set of halves that are not 0 (nor negative)."""
-    return (halves + _ALMOST).bitwise_and_(_TOPS)
-
-
-def _patches(
-    pairs: torch.Tensor, escaping: torch.Tensor, start: int, layout: CodeLayout
-) -> Patches:
-    """Return the indices and upper halves of values whose top bits are set."""
-    flat, escaping = pairs.reshape(-1), escaping.reshape(-1)
-    last = (layout.count - 1 - start) // 2
-    if not layout.wide and layout.count % 2 and last < len(flat):
-        escaping[last] |= 0x8000  # see the note: it is a patch in any case
-    places = escaping.nonzero().squeeze(1)
-    brought = torch.stack([places.int(), flat[places], escaping[places]]).cpu()
-    places, found, tops = brought.numpy()
-    places = places.astype(np.int64)
-    if layout.wide:
-        at = start + places // (BLOCK // 2) * BLOCK + places % (BLOCK // 2)
-        step = BLOCK // 2
-    else:
-        at, step = start + places * 2, 1
-    lower, upper = (tops & 0x8000) != 0, tops < 0
-    indices = np.concatenate([at[lower], at[upper] + step])
-    pairs_of_halves = found.view(np.int16).reshape(-1, 2)
-    values = np.concatenate([pairs_of_halves[lower, 0], pairs_of_halves[upper, 1]])
-    order = np.argsort(indices)
-    return indices[order], values[order]
+            encode_in_triton(layout, chunk, torch.empty_like(chunk))
+        except Exception as error:  # not installed, no compiler, too old a GPU
+            logger.warning(
+                "Triton does not work here (%s: %s): weights are encoded more slowly",
+                type(error).__name__,
+                error,
+            )
+            return None
+    return encode_in_triton

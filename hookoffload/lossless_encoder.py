@@ -20,13 +20,15 @@ import numpy.typing as npt
 import torch
 
 from .host_memory import empty_pages
-from .lossless_layout import BYTES_PER_PATCH, SEGMENT, CodeLayout
+from .lossless_layout import BLOCK, BYTES_PER_PATCH, SEGMENT, CodeLayout
 
 # The indices of values, and their upper halves.
 Patches = tuple[npt.NDArray[np.int64], npt.NDArray[np.int16]]
 
-# Reads values: from the first index, to the second.
-Reader = Callable[[int, int], torch.Tensor]
+# Where values come from: a flat contiguous tensor, or what reads them, from an index
+# on, into a part of one.
+Reader = Callable[[int, torch.Tensor], None]
+Source = torch.Tensor | Reader
 
 CODED_DTYPES = frozenset({torch.bfloat16, torch.float32})
 
@@ -47,9 +49,15 @@ class ChunkEncoder(Protocol):
     An encoder has memory that its chunks share: it is one thread's at a time.
     """
 
-    @property
-    def chunk_values(self) -> int:
-        """How many values to give it at a time, a multiple of a block's."""
+    def chunk_values(self, dtype: torch.dtype) -> int:
+        """Return how many values to give it at most, a multiple of a block's."""
+
+    def buffer(self, layout: CodeLayout) -> torch.Tensor:
+        """Return memory to read a tensor's chunks into, of its dtype.
+
+        The next call of `encode` takes them from there without a copy in host RAM, and
+        uses the memory for other things.
+        """
 
     def encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor
@@ -57,7 +65,7 @@ class ChunkEncoder(Protocol):
         """Encode values into the planes, from index ``start``, a block's first, on.
 
         Args:
-            values: flat, anywhere; no more than `chunk_values`.
+            values: flat, in the `buffer` or anywhere; no more than `chunk_values`.
             start: the index of the first of them in their tensor.
             layout: of the tensor, but for its patches.
             coded: takes the planes; in host RAM.
@@ -68,13 +76,13 @@ class ChunkEncoder(Protocol):
 
 
 def encode_values(
-    read: Reader, count: int, dtype: torch.dtype, encoder: ChunkEncoder
+    source: Source, count: int, dtype: torch.dtype, encoder: ChunkEncoder
 ) -> tuple[CodeLayout, torch.Tensor] | None:
-    """Encode values that a reader provides.
+    """Encode values, wherever they lie.
 
     Args:
-        read: returns values by their indices, as a flat tensor, from where they lie.
-            It is asked for a sample, and then for all of them in sequence.
+        source: where they come from. A reader is asked for a sample, and then for all
+            of them in sequence.
         count: values.
         dtype: their dtype.
         encoder: where to encode. The coded bytes lie in host RAM, whatever it is.
@@ -85,7 +93,7 @@ def encode_values(
     """
     if dtype not in CODED_DTYPES or not 0 < count <= _MOST_VALUES:
         return None
-    base, escaping = _choose_base(read, count)
+    base, escaping = _choose_base(source, count, dtype)
     layout = CodeLayout(dtype=dtype, count=count, base=base, patches=0)
     most = layout.raw_bytes - layout.raw_bytes // _LEAST_SAVING
     expected = int(escaping * count) * BYTES_PER_PATCH
@@ -98,9 +106,16 @@ def encode_values(
     indices: list[npt.NDArray[np.int64]] = []
     values: list[npt.NDArray[np.int16]] = []
     patches = 0
-    size = encoder.chunk_values
+    # Equal chunks, rather than full ones and a rest that takes as many calls as they.
+    chunks = -(-count // encoder.chunk_values(dtype))
+    size = -(-count // (chunks * BLOCK)) * BLOCK
     for start in range(0, count, size):
-        chunk = read(start, min(start + size, count))
+        stop = min(start + size, count)
+        if isinstance(source, torch.Tensor):
+            chunk = source[start:stop]
+        else:
+            chunk = encoder.buffer(layout)[: stop - start]
+            source(start, chunk)
         at, upper = encoder.encode(chunk, start, layout, coded)
         indices.append(at)
         values.append(upper)
@@ -118,16 +133,34 @@ def encode_values(
     return layout, coded
 
 
-def _choose_base(read: Reader, count: int) -> tuple[int, float]:
+def patches_of(values: torch.Tensor, start: int, layout: CodeLayout) -> Patches:
+    """Look for a chunk's patches on the CPU, however many they are.
+
+    Args:
+        values: flat, anywhere.
+        start: the index of the first of them in their tensor.
+        layout: of the tensor.
+    """
+    upper = _upper_halves(values)
+    exponents = _exponents(upper)
+    # Unsigned: what is below the base comes out above the codes.
+    outside = exponents - np.uint16(layout.base + 1) >= _CODES
+    outside &= exponents != 0
+    if values.numel() % 2 and not layout.wide:
+        outside[-1] = True  # see the note: it is a patch in any case
+    places = np.flatnonzero(outside)
+    return start + places, upper[places].view(np.int16)
+
+
+def _choose_base(source: Source, count: int, dtype: torch.dtype) -> tuple[int, float]:
     """Return the base that leaves the fewest patches, and what part they make.
 
     Looks at a sample of large tensors: another base would be right as well.
     """
-    step = max(_SAMPLED_SLICE, count // _SAMPLED_SLICES)
     counts = np.zeros(256, np.int64)
-    for start in range(0, count, step):
-        upper = _upper_halves(read(start, min(start + _SAMPLED_SLICE, count)))
-        counts += np.bincount((upper >> 7) & 0xFF, minlength=256)
+    for values in _sample(source, count, dtype):
+        exponents = _exponents(_upper_halves(values))
+        counts += np.bincount(exponents.reshape(-1), minlength=256)
     sums = np.concatenate([[0], counts[1:].cumsum()])  # of the exponents from 1 to i
     covered = sums[_CODES:] - sums[: _MOST_BASE + 1]
     base = int(covered.argmax())
@@ -135,10 +168,32 @@ def _choose_base(read: Reader, count: int) -> tuple[int, float]:
     return base, 1 - coded / int(counts.sum())
 
 
+def _sample(source: Source, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return slices of values, spread evenly; a row each of those that are whole."""
+    size, step = _SAMPLED_SLICE, max(_SAMPLED_SLICE, count // _SAMPLED_SLICES)
+    starts = range(0, count, step)
+    rows = len(range(0, count - size + 1, step))  # the last slice may be cut off
+    rest = min(size, count - starts[-1]) if rows < len(starts) else 0
+    if isinstance(source, torch.Tensor):
+        shape, offset = (rows, size), source.storage_offset()
+        whole = source.as_strided(shape, (step, 1), offset) if rows else source[:0]
+        return [whole, source[count - rest :]]
+    read = torch.empty(rows * size + rest, dtype=dtype)
+    for start, part in zip(starts, read.split(size), strict=True):
+        source(start, part)
+    return [read]
+
+
 def _upper_halves(values: torch.Tensor) -> npt.NDArray[np.uint16]:
     halves = values.cpu().view(torch.int16).numpy().view(np.uint16)
     step = values.element_size() // 2
-    return halves[step - 1 :: step]
+    return halves[..., step - 1 :: step]
+
+
+def _exponents(upper: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    exponents: npt.NDArray[np.uint16] = np.right_shift(upper, 7)
+    exponents &= 0xFF
+    return exponents
 
 
 def _write_patches(

@@ -24,7 +24,7 @@ _QUARTER = BLOCK // 4
 class HostEncoder:
     """Encodes in the thread that calls it."""
 
-    __slots__ = ("_exponents", "_filled", "_halves", "_outside", "_upper")
+    __slots__ = ("_exponents", "_filled", "_halves", "_outside", "_read", "_upper")
 
     def __init__(self) -> None:
         self._exponents = np.empty(_CHUNK_VALUES, np.uint16)
@@ -32,11 +32,18 @@ class HostEncoder:
         self._outside = np.empty(_CHUNK_VALUES, np.bool_)
         self._upper = np.empty(0, np.uint16)  # only for fp32
         self._filled = np.empty(0, np.uint8)
+        self._read = torch.empty(0, dtype=torch.uint8)
 
-    @property
-    def chunk_values(self) -> int:
+    def chunk_values(self, dtype: torch.dtype) -> int:
         """See `ChunkEncoder`."""
         return _CHUNK_VALUES
+
+    def buffer(self, layout: CodeLayout) -> torch.Tensor:
+        """See `ChunkEncoder`."""
+        nbytes = _CHUNK_VALUES * layout.dtype.itemsize
+        if self._read.numel() < nbytes:
+            self._read = torch.empty(nbytes, dtype=torch.uint8)
+        return self._read[:nbytes].view(layout.dtype)
 
     def encode(
         self, values: torch.Tensor, start: int, layout: CodeLayout, coded: torch.Tensor

@@ -10,7 +10,7 @@ import torch
 from .codec import Codec
 from .fp8 import take_off
 from .lossless import encode_from
-from .lossless_encoder import ChunkEncoder, Reader
+from .lossless_encoder import ChunkEncoder, Source
 from .lossless_host import HostEncoder
 from .master_code import MasterCode
 from .member import Member, rest_members, version_of
@@ -148,7 +148,7 @@ class Master:
             return MasterCode.in_file(kept.layout, kept.checked(), self.revision)
         if kept is not None:
             return MasterCode.of(kept.read(), self.revision)
-        coded = encode_from(self._reader(), self.count, self.flat.dtype, encoder)
+        coded = encode_from(self._source(), self.count, self.flat.dtype, encoder)
         return None if coded is None else MasterCode.of(coded, self.revision)
 
     @property
@@ -168,7 +168,7 @@ class Master:
             encoder: what encodes it; default: this thread.
         """
         if self.code is not None and self.has_old_code:
-            self.code.renew(self._reader(), self.revision, encoder or HostEncoder())
+            self.code.renew(self._source(), self.revision, encoder or HostEncoder())
             self.bytes = self.code.data
 
     def drop_code(self) -> None:
@@ -182,19 +182,15 @@ class Master:
         self.codec = replace(self.codec, coded=False)
         self.code, self.bytes = None, self.flat.view(torch.uint8)
 
-    def _reader(self) -> Reader:
+    def _source(self) -> Source:
         location, flat = self.location, self.flat
         if location is None:
-            return lambda start, stop: flat[start:stop]
+            return flat
 
-        def read(start: int, stop: int) -> torch.Tensor:
+        def read(start: int, part: torch.Tensor) -> None:
             # Not through the map: what it has read once stays counted as this
             # process's memory.
-            part = torch.empty(stop - start, dtype=flat.dtype)
-            location.file.read_into(
-                location, part.view(torch.uint8), start * flat.itemsize
-            )
-            return part
+            location.file.read_into(location, part, start * part.itemsize)
 
         return read
 

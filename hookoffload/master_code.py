@@ -35,7 +35,7 @@ import torch
 
 from .host_memory import empty_pages
 from .lossless import Coded, decode, encode_from
-from .lossless_encoder import ChunkEncoder, Reader
+from .lossless_encoder import ChunkEncoder, Source
 from .lossless_layout import BYTES_PER_PATCH, CodeLayout
 from .safetensors_file import TensorLocation
 
@@ -86,15 +86,15 @@ class MasterCode:
         code.nbytes, code.location = location.nbytes, location
         return code
 
-    def renew(self, read: Reader, revision: int, encoder: ChunkEncoder) -> None:
+    def renew(self, source: Source, revision: int, encoder: ChunkEncoder) -> None:
         """Encode other values of the same count into as many bytes, in host RAM.
 
         Args:
-            read: returns values by their indices.
+            source: where they come from.
             revision: of the master that they are.
             encoder: what encodes them.
         """
-        coded = encode_from(read, self.layout.count, self.layout.dtype, encoder)
+        coded = encode_from(source, self.layout.count, self.layout.dtype, encoder)
         self.fits = coded is not None and coded.layout.nbytes <= self.nbytes
         if not self.data.numel():
             with torch.inference_mode(False):  # it is written to outside as well

@@ -30,6 +30,7 @@ import torch
 from .alignment import SMALL_TENSOR_BYTES, align
 from .budget import format_gib
 from .host_memory import default_cap, empty_pages, trim_heap
+from .locked_pages import lock_pages, unlock_pages
 from .master import Master
 from .progress import progress_bar
 
@@ -105,7 +106,7 @@ class PageLock:
             for start, end, members in _page_ranges(chosen):
                 nbytes = sum(m.nbytes for m in members)
                 bar.update(nbytes)
-                if not _register(start, end - start, self._device):
+                if not lock_pages(start, end - start, self._device):
                     refused += nbytes
                     continue
                 self._locked[start] = [master.bytes for master in members]
@@ -150,7 +151,7 @@ class PageLock:
         for start, (nbytes, users) in list(self._users.items()):
             if not coded.issuperset(users):
                 continue
-            torch.cuda.cudart().cudaHostUnregister(start)
+            unlock_pages(start)
             del self._locked[start], self._users[start]
             self.locked_bytes -= nbytes
 
@@ -278,26 +279,7 @@ def _goes_on(before: tuple[int, int, list[Master]], start: int, master: Master) 
     return bool(storage._cdata == last._cdata)
 
 
-def _register(start: int, nbytes: int, device: torch.device) -> bool:
-    runtime = torch.cuda.cudart()
-    with torch.cuda.device(device):
-        error = int(runtime.cudaHostRegister(start, nbytes, 0))
-        if error:
-            _forget_last_error(device)
-    return error == 0
-
-
-def _forget_last_error(device: torch.device) -> None:
-    # CUDA remembers the refusal, and PyTorch would report it at its next launch.
-    try:
-        torch.zeros(1, device=device)
-    except RuntimeError as error:
-        logger.debug("page-locking was refused: %s", error)
-
-
 def _unlock(locked: dict[int, list[torch.Tensor]]) -> None:
-    if locked:
-        runtime = torch.cuda.cudart()
-        for start in locked:
-            runtime.cudaHostUnregister(start)
+    for start in locked:
+        unlock_pages(start)
     locked.clear()

@@ -15,7 +15,7 @@ from torch import nn
 import hookoffload as ho
 from hookoffload import coding
 from hookoffload.budget import MemoryBudget
-from hookoffload.lossless_device import BYTES_PER_VALUE
+from hookoffload.lossless_device import taken_bytes
 
 from .children import in_child
 from .process_memory import anonymous_bytes, settled_bytes
@@ -466,27 +466,33 @@ def test_a_codec_that_is_unknown_is_refused() -> None:
         ho.OffloadPolicy(codec="zip")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("fused", [True, False])
 def test_encoders_take_large_chunks_where_the_device_has_room(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
     free = 80 * 2**30
     monkeypatch.setattr(coding, "automatic_limit", lambda _: free)
+    monkeypatch.setattr(coding, "fused_encoder", lambda *_: fused or None)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
 
-    def taken(limit: int | None, used: int = 0) -> tuple[int, int]:
+    def chosen(limit: int | None, used: int = 0) -> tuple[int, int]:
         budget = MemoryBudget(limit)
         budget.reserve("residents", used)
         resolved = policy("cuda", limit).resolve(here=False)
-        threads, values = coding._device_encoders(resolved, budget)
-        assert threads * values * BYTES_PER_VALUE <= min(free // 2, 2**31)
+        threads, chunk_bytes, taken = coding._device_encoders(
+            {torch.bfloat16}, resolved, budget
+        )
+        assert taken == threads * taken_bytes(chunk_bytes, fused=fused)
+        assert taken <= min(free // 2, 2**31)
         if limit is not None:
-            assert threads * values * BYTES_PER_VALUE <= limit - used
-        return threads, values
+            assert taken <= limit - used
+        return threads, chunk_bytes
 
-    assert taken(None) == taken(8 * 2**30) == (8, 2**23)
-    assert taken(8 * 2**30, used=7 * 2**30) == (8, 2**22)
-    assert taken(2**28) == (4, 2**21)
-    assert taken(2**27) == (2, 2**21)
-    assert taken(2**25)[0] == taken(0)[0] == 0
+    assert chosen(None) == chosen(8 * 2**30) == (8, 2**25)
+    assert chosen(8 * 2**30, used=7 * 2**30) == (8, 2**25 if fused else 2**24)
+    assert chosen(2**28) == (8, 2**24 if fused else 2**22)
+    assert chosen(2**27) == ((8, 2**23) if fused else (4, 2**22))
+    assert chosen(2**25) == ((4, 2**22) if fused else (1, 2**22))
+    assert chosen(2**22)[0] == chosen(0)[0] == 0
     free = 2**30
-    assert taken(None) == (8, 2**21)
+    assert chosen(None) == (8, 2**25 if fused else 2**23)

@@ -1,10 +1,14 @@
 """The lossless code by itself: bits, ratio, bytes written and encoded per second.
 
     python examples/benchmarks/lossless.py
+    python examples/benchmarks/lossless.py --encoding
+
+The second only shows how fast a GPU encodes the weights of a large transformer, by
+threads and sizes of chunks: 20 seconds, 5 GB of memory.
 
 On a GPU, the Triton kernel is first checked against the decoder in plain PyTorch, bit
 for bit, over many sizes; then timed over rows and warps a program. Without one, only
-ratios and the speeds of the CPU are shown. Takes less than a minute and 6 GB of memory.
+ratios and the speeds of the CPU are shown. Takes about a minute and 6 GB of memory.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -20,10 +24,12 @@ from typing import Any
 import torch
 
 from hookoffload.lossless import Coded, decode, encode, encode_from
+from hookoffload.lossless_chunk import EncodeChunk, encode_in_torch, words_of
 from hookoffload.lossless_decoder import decode_in_torch
-from hookoffload.lossless_device import CHUNK_VALUES, DeviceEncoder
-from hookoffload.lossless_encoder import ChunkEncoder
+from hookoffload.lossless_device import CHUNK_BYTES, DeviceEncoder, fused_encoder
+from hookoffload.lossless_encoder import ChunkEncoder, _choose_base
 from hookoffload.lossless_host import HostEncoder
+from hookoffload.lossless_layout import CodeLayout
 
 BF16, FP32 = torch.bfloat16, torch.float32
 BITS = {BF16: torch.int16, FP32: torch.int32}
@@ -36,21 +42,26 @@ def main() -> None:
     parser.add_argument(
         "--mib", type=int, nargs="+", default=[128, 2048], help="sizes to time on a GPU"
     )
-    sizes = parser.parse_args().mib
+    parser.add_argument(
+        "--encoding", action="store_true", help="only how fast a GPU encodes"
+    )
+    arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.encoding:
+        print(torch.cuda.get_device_name(), "torch", torch.__version__)
+        print_encoding_on_gpu()
+        return
     print_ratios()
     print_cpu()
-    print_encoding("cpu", HostEncoder)
+    print_encoding_on_cpu()
     if not torch.cuda.is_available():
         print("no CUDA device: the kernel is not timed")
         return
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     check_kernel()
-    for mib in sizes:
+    for mib in arguments.mib:
         print_kernel(mib * 2**20)
-    for chunk in CHUNK_VALUES:
-        name = f"gpu, {chunk // 2**20:2} Mi values at a time,"
-        print_encoding(name, partial(DeviceEncoder, GPU, chunk))
+    print_encoding_on_gpu()
 
 
 def samples(count: int) -> dict[str, torch.Tensor]:
@@ -172,23 +183,116 @@ def print_kernel(nbytes: int) -> None:
     print(f"       a launch takes the host {launch * 1e6:.1f} us")
 
 
-def print_encoding(where: str, make_encoder: Callable[[], ChunkEncoder]) -> None:
-    """Prints how fast weights in host RAM are encoded, by threads side by side."""
-    weights = [(torch.randn(2**24) * 0.02).to(BF16) for _ in range(8)]
+def print_encoding_on_cpu() -> None:
+    """Prints how fast weights are encoded by threads side by side."""
+    weights = [(torch.randn(2**23) * 0.02).to(BF16) for _ in range(8)]
     cores = os.cpu_count() or 1
-
-    def work(weight: torch.Tensor, encoder: ChunkEncoder) -> None:
-        for _ in range(2):
-            encode_from(lambda a, b: weight[a:b], weight.numel(), BF16, encoder)
-
+    cells = []
     for threads in [n for n in (1, 2, 4, 8, 16) if n <= cores]:
-        chosen = [weights[i % len(weights)] for i in range(threads)]
-        encoders = [make_encoder() for _ in chosen]
-        with ThreadPoolExecutor(threads) as pool:
-            run = partial(pool.map, work, chosen, encoders)
-            taken, _ = seconds(lambda run=run: list(run()), 2)
-        nbytes = 2 * sum(weight.nbytes for weight in chosen)
-        print(f"encode {where} {threads:2} threads: {nbytes / taken / 1e9:.2f} GB/s")
+        rate = encoding_rate(HostEncoder, weights * max(threads // 4, 1), threads)
+        cells.append(f"{threads}: {rate / 1e9:.2f}")
+    print(f"encode on the CPU, GB/s by threads  {'  '.join(cells)}")
+
+
+def print_encoding_on_gpu() -> None:
+    """Prints how fast the weights of a large transformer are encoded."""
+    shapes = [(12288, 3072)] * 6 + [(3072, 3072)] * 24
+    weights = []
+    for shape in shapes:
+        made = torch.randn(*shape, dtype=BF16, device=GPU) * 0.02
+        weights.append(made.flatten().cpu())
+    small = weights[-1]
+    fused = fused_encoder(GPU, False)
+    ways = [encode_in_torch] if fused is None else [fused, encode_in_torch]
+    expected = encode(small)
+    for way in ways:
+        encoder = DeviceEncoder(GPU, CHUNK_BYTES[0], way)
+        found = encode_from(small, small.numel(), BF16, encoder)
+        assert expected is not None and found is not None
+        assert torch.equal(found.data, expected.data)
+        assert_gpu_encodes_all_bits(encoder)
+    print("encode gives the same bytes as on the CPU")
+    print_encoding_by_parts(weights, ways[0])
+    cores = os.cpu_count() or 1
+    best = (0.0, 0, 0)
+    for chunk in CHUNK_BYTES:
+        cells = []
+        for threads in [n for n in (1, 4, 6, 8, 12, 16) if n <= cores]:
+            make = partial(DeviceEncoder, GPU, chunk, ways[0])
+            rate = encoding_rate(make, weights * 2, threads)
+            best = max(best, (rate, threads, chunk))
+            cells.append(f"{threads:2}: {rate / 1e9:5.2f}")
+        mib = chunk // 2**20
+        print(f"encode {mib:2} MiB a chunk, GB/s by threads  {'  '.join(cells)}")
+    rate, threads, chunk = best
+    make = partial(DeviceEncoder, GPU, chunk, ways[0])
+    rate = encoding_rate(make, weights * 6, threads)
+    print(
+        f"encode {threads} threads, {chunk // 2**20} MiB, three times as long: "
+        f"{rate / 1e9:.2f} GB/s, 41 GB in {41e9 / rate:.2f} s"
+    )
+    make = partial(DeviceEncoder, GPU, chunk, encode_in_torch)
+    rate = encoding_rate(make, weights, threads)
+    print(f"encode the same in plain PyTorch: {rate / 1e9:.2f} GB/s")
+
+
+def assert_gpu_encodes_all_bits(encoder: DeviceEncoder) -> None:
+    """Compares codes of all values, of which half of a chunk are patches."""
+    values = (torch.randn(2**21) * 0.02).to(BF16)
+    values.view(torch.int16)[-(2**16) :] = torch.arange(-(2**15), 2**15).short()
+    expected = encode(values)
+    found = encode_from(values, values.numel(), BF16, encoder)
+    assert expected is not None and found is not None
+    assert torch.equal(found.data, expected.data)
+
+
+def print_encoding_by_parts(weights: Sequence[torch.Tensor], way: EncodeChunk) -> None:
+    """Prints what one weight takes one thread, and the kernel alone."""
+    small = weights[-1]
+    layout = CodeLayout(dtype=BF16, count=small.numel(), base=108, patches=0)
+    chunk = torch.zeros(words_of(layout), dtype=torch.int32, device=GPU)
+    chunk.copy_(small.view(torch.int32))
+    output = torch.empty_like(chunk)
+    kernel = device_seconds(lambda: way(layout, chunk, output))
+    launch = wall_seconds(lambda: way(layout, chunk, output), 100)
+    base, _ = seconds(lambda: _choose_base(small, small.numel(), BF16), 5)
+    encoder = DeviceEncoder(GPU, CHUNK_BYTES[0], way)
+
+    def whole() -> object:
+        return encode_from(small, small.numel(), BF16, encoder)
+
+    taken, _ = seconds(whole, 10)
+    print(
+        f"encode a weight of {small.nbytes / 1e6:.1f} MB in one thread: "
+        f"{taken * 1e3:.2f} ms, of that its base {base * 1e3:.2f} and the kernel "
+        f"{kernel * 1e3:.3f} ({small.nbytes / kernel / 1e12:.2f} TB/s); "
+        f"to launch that {launch * 1e6:.0f} us"
+    )
+
+
+def encoding_rate(
+    make_encoder: Callable[[], ChunkEncoder],
+    weights: Sequence[torch.Tensor],
+    threads: int,
+) -> float:
+    """Returns bytes of weights that are encoded in a second."""
+    idle = [make_encoder() for _ in range(threads)]
+    ordered = sorted(weights, key=lambda weight: -weight.nbytes)
+
+    def begin(encoder: ChunkEncoder) -> None:
+        encode_from(ordered[0], ordered[0].numel(), BF16, encoder)
+
+    def work(weight: torch.Tensor) -> Coded | None:
+        encoder = idle.pop()
+        coded = encode_from(weight, weight.numel(), BF16, encoder)
+        idle.append(encoder)
+        return coded
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(begin, idle))  # they take their memory
+        # Codes are kept meanwhile, as those of a model are.
+        taken, _ = seconds(lambda: list(pool.map(work, ordered)), 1)
+    return sum(weight.nbytes for weight in weights) / taken
 
 
 def on_gpu(nbytes: int) -> Coded:
