@@ -35,23 +35,19 @@ copies to them: Ctrl-C, which only the main thread knows, finds a copy given or 
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 
-from .batched_copies import CopyList, driver_stream
 from .copies import POISON, Copy, CopyEngine
 from .copy_worker import Worker
 from .host_copies import HostCopyEngine
 from .master import Master
-from .moves import Moves
+from .moves import Move
 from .profiler_ranges import profiler_range
 from .reader_threads import ReaderThreads
 from .staging import Coming, Staging
-
-logger = logging.getLogger(__name__)
 
 
 class StreamCopyEngine:
@@ -61,7 +57,6 @@ class StreamCopyEngine:
         self._device = device
         self._stream = torch.Stream(device)
         self._index = self._stream.device_index  # looked up faster than a device
-        self._listed = driver_stream(self._stream)
         self._staging = Staging(ReaderThreads(), _page_locked)
         self._worker = Worker(_StagedCopies(device, self._stream, self._staging))
         self._stalled = 0.0
@@ -72,40 +67,25 @@ class StreamCopyEngine:
         """Begin a copy: queue it, or give it to the worker to be staged."""
         moves = copy.moves
         if moves is None and all(master.pinned for master, _ in copy.pieces):
-            moves = Moves([(master.bytes, target) for master, target in copy.pieces])
+            moves = [(master.bytes, target) for master, target in copy.pieces]
         if moves is None:
             self._worker.put(copy)
         else:
             self._queue(copy, moves)
 
-    def _queue(self, copy: Copy, moves: Moves) -> None:
+    def _queue(self, copy: Copy, moves: Sequence[Move]) -> None:
         stream = self._stream
         for token in copy.after:
             assert isinstance(token, torch.Event)
             token.wait(stream)
         if copy.entry is not None:
             copy.entry.begin(stream)
-        with profiler_range("copy", copy.name):
-            if not self._queue_list(moves):
-                with _current(stream):
-                    for source, destination in moves.pairs:
-                        destination.copy_(source, non_blocking=True)
+        with _current(stream), profiler_range("copy", copy.name):
+            for source, destination in moves:
+                destination.copy_(source, non_blocking=True)
         if copy.entry is not None:
             copy.entry.end(stream)
-        ready = torch.Event(stream.device)
-        ready.record(stream)
-        copy.ready = ready
-
-    def _queue_list(self, moves: Moves) -> bool:
-        if self._listed is None:
-            return False
-        if moves.listed is None:
-            moves.listed = CopyList(moves)
-        if moves.listed.queue(self._listed):
-            return True
-        logger.info("the driver refuses lists of copies: they go one by one")
-        self._listed = None
-        return False
+        copy.ready = self._behind(stream)
 
     def wait(self, copy: Copy) -> None:
         """Make the current stream wait for the copy."""
@@ -170,9 +150,7 @@ class StreamCopyEngine:
         Memory that the allocator just handed out may have been freed by work that is
         queued and has not run.
         """
-        event = torch.Event(self._device)
-        event.record(torch.accelerator.current_stream(self._index))
-        event.wait(self._stream)
+        self._behind(torch.accelerator.current_stream(self._index)).wait(self._stream)
 
     def poison(self, destination: torch.Tensor, token: object | None) -> None:
         """Overwrite released memory, behind its last user and before its next."""

@@ -11,7 +11,7 @@ from .alignment import align
 from .layer_fp8 import kept_scale_bytes
 from .master import Master
 from .member import Member
-from .moves import Moves, joined_moves
+from .moves import Move, joined_moves
 
 
 class Piece:
@@ -88,9 +88,9 @@ class RegionViews(PlaceViews):
         super().__init__(pieces, values)
         self.targets = targets
         self._sources: list[torch.Tensor] = []
-        self._moves: Moves | None = None
+        self._moves: list[Move] | None = None
 
-    def moves(self) -> Moves | None:
+    def moves(self) -> list[Move] | None:
         """Return the copies, neighbours as one; None if not all is page-locked."""
         same = self._moves is not None
         for (master, _), source in zip_longest(self.targets, self._sources):
@@ -99,7 +99,7 @@ class RegionViews(PlaceViews):
             same = same and master.bytes is source
         if not same:
             with torch.inference_mode(False):  # they are kept like the views
-                self._moves = Moves(joined_moves(self.targets))
+                self._moves = joined_moves(self.targets)
             self._sources = [master.bytes for master, _ in self.targets]
         return self._moves
 

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from .alignment import ALIGNMENT
 from .master import Master
 
-if TYPE_CHECKING:
-    from .batched_copies import CopyList
-
 Move = tuple[torch.Tensor, torch.Tensor]
-
-
-class Moves:
-    """Copies that a layer needs, from page-locked memory to one place.
-
-    Attributes:
-        pairs: the source and the destination of each.
-        listed: what an engine made of them, so that it need not be made again.
-    """
-
-    __slots__ = ("listed", "pairs")
-
-    def __init__(self, pairs: list[Move]) -> None:
-        self.pairs = pairs
-        self.listed: CopyList | None = None
 
 
 def joined_moves(targets: Sequence[tuple[Master, torch.Tensor]]) -> list[Move]:

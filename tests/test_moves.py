@@ -46,7 +46,7 @@ def _chain(*widths: int) -> nn.Sequential:
 def _pairs(views: RegionViews) -> list[Move]:
     moves = views.moves()
     assert moves is not None, "all is page-locked"
-    return moves.pairs
+    return moves
 
 
 def _perform(views: RegionViews) -> None:
