@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -278,3 +279,22 @@ def test_what_waits_on_disk_by_another_host_limit_is_not_coded(
         assert_same_bits(run(model, ids), expected)
     stats = ho.offload_stats(model)
     assert stats.decoded_bytes == 0 and stats.disk_bytes > 5 * LAYER_BYTES
+
+
+def test_the_third_pass_with_a_plan_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measured_pass, "has_link", lambda _policy: True)
+    memory = SimpleNamespace(device=torch.device("cpu"))
+    engine = SimpleNamespace(stall_seconds=lambda: 0.0)
+    plans = [SimpleNamespace(resident={n}, kept_coded=set()) for n in range(2)]
+    mover: Any = SimpleNamespace(plan=None, memory=memory, engine=engine)
+    policy: Any = SimpleNamespace(codec="auto")
+    meter = PassMeter(policy, mover)
+    measured = []
+    for plan in (plans[0], *[plans[1]] * 5):
+        mover.plan = plan
+        meter.begin()
+        meter.end(complete=True)
+        measured.append(meter.take() is not None)
+    assert measured == [False, False, False, True, False, False]
