@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,16 @@ def test_model_is_detached_afterwards(
     assert main(options(folder, "--json", made_by="misfitting")) == 2
     assert [type(model).__name__ for model in detached] == ["Stack", "Stack"]
     assert not any(m._forward_hooks for model in detached for m in model.modules())
+
+
+def test_compute_is_what_a_pass_takes_with_room_for_everything() -> None:
+    def trial(seconds: float, stalled: float, pass_bytes: int) -> Trial:
+        whole = finished((seconds, seconds)).trials[0]
+        return replace(whole, stall_seconds=stalled, pass_bytes=pass_bytes)
+
+    streamed = [trial(0.5, 0.4, 2 * GIB), trial(0.3, 0.25, GIB)]
+    assert bench._compute_seconds(streamed) == pytest.approx(0.05)
+    assert bench._compute_seconds([*streamed, trial(0.12, 0.0, 0)]) == 0.12
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hookoffload import BudgetExceededError, Rates
-from hookoffload.cost import Prediction, predict
+from hookoffload.cost import COPIES_SLOW_COMPUTE, Prediction, predict
 from hookoffload.plan import LayerSpec, Plan
 from hookoffload.plan_table import format_curve, format_plan, groups_of, plan_record
 from hookoffload.planner import make_plan
@@ -55,18 +55,33 @@ def test_slowest_of_compute_link_and_disk_sets_the_pace() -> None:
         "disk_bytes_per_second": 2.0,
         "compute_seconds": 3.0,
     }
-    for link, disk, seconds in ((20, 0, 3.0), (40, 0, 4.0), (40, 10, 5.0), (0, 0, 3.0)):
+    for link, disk, seconds in (
+        (20, 0, 3.0 + 2.0 * COPIES_SLOW_COMPUTE),
+        (40, 0, 4.0),
+        (40, 10, 5.0),
+        (0, 0, 3.0),
+    ):
         prediction = predict(Rates(**rates), link_bytes=link, disk_bytes=disk)
-        assert prediction.seconds == seconds
+        assert prediction.seconds == pytest.approx(seconds)
         assert prediction.complete
+
+
+def test_computing_is_slower_for_as_long_as_copies_run_beside_it() -> None:
+    rates = Rates(link_bytes_per_second=10.0, compute_seconds=4.0)
+    alone, half, whole = (
+        predict(rates, link_bytes=link, disk_bytes=0).seconds for link in (0, 20, 40)
+    )
+    assert alone == 4.0
+    assert whole - half == pytest.approx(half - alone)
+    assert whole / alone == pytest.approx(1 + COPIES_SLOW_COMPUTE)
 
 
 def test_decoding_is_added_to_computing() -> None:
     rates = Rates(link_bytes_per_second=10.0, compute_seconds=3.0)
     fast = replace(rates, decode_bytes_per_second=100.0)
     for known, decoded, seconds, complete in (
-        (fast, 50, 3.5, True),
-        (fast, 150, 4.5, True),
+        (fast, 50, 3.5 + 3.0 * COPIES_SLOW_COMPUTE, True),
+        (fast, 150, 4.5 + 3.0 * COPIES_SLOW_COMPUTE, True),
         (fast, 0, 4.0, True),
         (rates, 50, 4.0, False),
         (rates, 0, 4.0, True),
@@ -76,7 +91,8 @@ def test_decoding_is_added_to_computing() -> None:
         prediction = predict(
             known, link_bytes=link, disk_bytes=0, decoded_bytes=decoded
         )
-        assert (prediction.seconds, prediction.complete) == (seconds, complete)
+        assert prediction.seconds == pytest.approx(seconds)
+        assert prediction.complete == complete
         assert ("decoding" in prediction.parts) == (decoded > 0)
     with pytest.raises(ValueError, match="decode_bytes_per_second=0"):
         Rates(decode_bytes_per_second=0)
