@@ -148,7 +148,7 @@ METHODS: dict[str, Method] = {
     "hookoffload": Method(attach=_hookoffload, limited=True),
     "hookoffload_lossless": Method(attach=_hookoffload_lossless, limited=True),
     # It measures a forward, and encodes behind that.
-    "hookoffload_auto": Method(attach=_hookoffload_auto, limited=True, warm_ups=8),
+    "hookoffload_auto": Method(attach=_hookoffload_auto, limited=True, warm_ups=10),
     "accelerate_cpu_offload": Method(attach=_accelerate_cpu_offload, limited=False),
     "accelerate_dispatch": Method(attach=_accelerate_dispatch, limited=True),
     "diffusers_leaf": Method(attach=_diffusers_leaf, limited=False),
