@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, register_random, settings
+
+from .coded_checkpoints import saved
 
 
 class _TorchRandom:
@@ -104,3 +108,21 @@ def _torch_seed(config: pytest.Config) -> int:
     value = config.getoption("--torch-seed")
     assert isinstance(value, int)
     return value
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits for no disk: only a loss of power tells."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Tokens for the language model of `tests.test_lossless_offload`."""
+    return torch.randint(0, 2000, (3, 7))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint of that, with room for a cache of its codes beside it."""
+    return saved(tmp_path / "checkpoint")

@@ -23,11 +23,6 @@ from .test_lossless_offload import LAYER_BYTES, Model, assert_same_bits, policy,
 
 
 @pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(0, 2000, (3, 7))
-
-
-@pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(2)
     path = tmp_path / "model.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,21 +42,7 @@ from .test_lossless_offload import (
 )
 from .test_tiers import small_cache, staged  # noqa: F401, they are fixtures
 
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(0, 2000, (3, 7))
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return saved(tmp_path / "checkpoint")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for no disk: only a loss of power tells."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)

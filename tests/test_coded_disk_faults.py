@@ -19,28 +19,13 @@ from .coded_checkpoints import (
     load,
     open_files,
     plain,
-    saved,
 )
 from .test_lossless_offload import (
     assert_same_bits,
     run,
 )
 
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(0, 2000, (3, 7))
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return saved(tmp_path / "checkpoint")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for no disk: only a loss of power tells."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def damaged_in_the_tables(path: Path, name: str) -> None:

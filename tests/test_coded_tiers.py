@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from .coded_checkpoints import (
     load,
     open_files,
     plain,
-    saved,
 )
 from .interrupts import interrupted_at, steps_of
 from .test_lossless_offload import (
@@ -35,21 +33,7 @@ from .test_lossless_offload import (
     run,
 )
 
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(0, 2000, (3, 7))
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return saved(tmp_path / "checkpoint")
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for no disk: only a loss of power tells."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2.5, 5, 40])

@@ -47,6 +47,8 @@ from tests.small_models import (
     tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 LONG = settings.get_current_profile_name() == "long"
 KILLS = 50 if LONG else 5
 
@@ -54,12 +56,6 @@ KILLS = 50 if LONG else 5
 @pytest.fixture(autouse=True, scope="module")
 def _fast_garbage_collection() -> None:
     freeze_old_objects()
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for no disk: only a loss of power tells."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 def _saved(folder: Path, model: nn.Module | None = None) -> Path:

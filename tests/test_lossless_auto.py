@@ -41,11 +41,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(0, 2000, (3, 7))
-
-
-@pytest.fixture
 def model() -> Model:
     torch.manual_seed(1)
     return Model().eval()
