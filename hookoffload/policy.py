@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,26 +10,27 @@ from typing import Any, Literal
 
 import torch
 
+from .agreement import (
+    agreed_compute_device,
+    agreed_dtype,
+    agreed_placements,
+    compute_field,
+)
 from .device_kinds import LISTED
 from .host_memory import automatic_limit
 from .limits import checked_limit, to_bytes
 from .module_map import ModuleMap
 from .placement import (
-    CPU,
-    Place,
     Placement,
     checked_device,
     checked_dtype,
-    checked_place,
     default_device,
-    distance,
-    may_be_same,
     present_device,
 )
 from .resolved_policy import ResolvedPolicy
+from .vram_config import placements_in
 
 _STATES = ("offload", "onload", "preparing", "computation")
-_SEED_KEYS = [f"{state}_{what}" for state in _STATES for what in ("dtype", "device")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +156,9 @@ class OffloadPolicy:
             )
         for name, value in normal.items():
             object.__setattr__(self, name, value)
-        self._said_dtype("compute_dtype", "computation")
+        agreed_dtype(self, "compute_dtype", "computation")
         # A device that is only known on the machine is checked in resolve.
-        self._placements(self._said_compute_device())
+        agreed_placements(self, agreed_compute_device(self))
 
     @classmethod
     def from_vram_config(
@@ -191,42 +191,15 @@ class OffloadPolicy:
             >>> policy.offload
             Placement(device='disk', dtype=None)
         """
-        if not isinstance(vram_config, Mapping):
-            raise ValueError(f"vram_config={vram_config!r} is not a mapping")
-        for key in vram_config:
-            if key not in _SEED_KEYS:
-                near = difflib.get_close_matches(str(key), _SEED_KEYS, n=3)
-                raise ValueError(
-                    f"vram_config has the unknown key {key!r}; "
-                    f"use one of {', '.join(near or _SEED_KEYS)}"
-                )
-        values = dict.fromkeys(_SEED_KEYS) | dict(vram_config)
-        main_dtype = checked_dtype(
-            "vram_config['computation_dtype']", values["computation_dtype"]
-        )
-        main_device = checked_device(
-            "vram_config['computation_device']", values["computation_device"]
-        )
-        main_device = main_device or default_device()
-        placements = {}
-        for state in _STATES[:-1]:
-            key = f"{state}_device"
-            device = checked_place(f"vram_config[{key!r}]", values[key])
-            key = f"{state}_dtype"
-            dtype = values[key]
-            if dtype == "disk":
-                device, dtype = "disk", None
-            dtype = checked_dtype(f"vram_config[{key!r}]", dtype, disk=True)
-            if device != "disk":
-                dtype = dtype or main_dtype
-            placements[state] = Placement(device=device or main_device, dtype=dtype)
+        placements = placements_in(vram_config)
+        limit = checked_limit("vram_limit", vram_limit)
         return cls(
-            limit_gb=checked_limit("vram_limit", vram_limit),
+            limit_gb=limit,
             module_map=module_map,
             offload=placements["offload"],
             onload=placements["onload"],
             preparing=placements["preparing"],
-            computation=Placement(device=main_device, dtype=main_dtype),
+            computation=placements["computation"],
         )
 
     def resolve(self, *, here: bool = True) -> ResolvedPolicy:
@@ -240,9 +213,9 @@ class OffloadPolicy:
             ValueError: This machine has no such device, the default device contradicts
                 a placement, or `disk_dir` is a file.
         """
-        wanted = self._said_compute_device() or default_device()
-        compute = present_device(self._compute_field(), wanted) if here else wanted
-        offload, onload, preparing = self._placements(compute)
+        wanted = agreed_compute_device(self) or default_device()
+        compute = present_device(compute_field(self), wanted) if here else wanted
+        offload, onload, preparing = agreed_placements(self, compute)
         folder = None
         if self.disk_dir is not None:  # absolute: the program may change its folder
             folder = Path(self.disk_dir).expanduser().absolute()
@@ -252,7 +225,7 @@ class OffloadPolicy:
         return ResolvedPolicy(
             limit_bytes=_limit_bytes(limit, compute),
             compute_device=compute,
-            compute_dtype=self._said_dtype("compute_dtype", "computation"),
+            compute_dtype=agreed_dtype(self, "compute_dtype", "computation"),
             offload=offload,
             onload=onload,
             preparing=None if preparing.on_disk else preparing,
@@ -264,139 +237,6 @@ class OffloadPolicy:
             codec=self.codec,
             asked=self,
         )
-
-    def _placements(
-        self, compute: torch.device | None
-    ) -> tuple[Placement, Placement, Placement]:
-        """Returns offload, onload and preparing, checked against each other."""
-        offload: Place | None
-        onload: Place | None
-        offload, onload = self._storage_devices()
-        offload_dtype = self._said_dtype("storage_dtype", "offload")
-        onload_dtype = self._said_dtype("storage_dtype", "onload") or offload_dtype
-        divided = self.host_limit_gb is not None
-        if onload == "disk" or divided:
-            if offload_dtype not in (None, onload_dtype):
-                why = (
-                    f"with host_limit_gb={self.host_limit_gb}, " if divided else "but "
-                )
-                raise ValueError(
-                    f"offload.dtype={offload_dtype} and onload.dtype={onload_dtype} "
-                    f"differ, {why}on disk a layer has one file; give the same dtype"
-                )
-            offload_dtype = onload_dtype
-        offload = self._settled("offload", offload, compute)
-        onload = self._settled("onload", onload, compute)
-        preparing = self.preparing or Placement()
-        resident = self._settled("preparing", preparing.device, compute)
-        return (
-            Placement(device=offload, dtype=offload_dtype),
-            Placement(device=onload, dtype=onload_dtype),
-            Placement(device=resident, dtype=preparing.dtype),
-        )
-
-    def _storage_devices(self) -> tuple[Place, Place]:
-        """Returns where a layer rests and where it waits."""
-        said: list[Place | None] = []
-        for state, placement in (("offload", self.offload), ("onload", self.onload)):
-            device = None if placement is None else placement.device
-            store = checked_place("store", self.store)
-            if None not in (device, store) and device != store:
-                raise ValueError(
-                    f"store={self.store!r} contradicts {state}.device={str(device)!r}; "
-                    "leave store out, or make them agree"
-                )
-            said.append(device or store)
-        offload, onload = said
-        if self.host_limit_gb is not None:
-            self._check_host_limit(offload, onload)
-            if onload is None:
-                onload = CPU if offload == "disk" else "disk"
-            offload = "disk"
-        if offload is None:
-            offload = "disk" if onload == "disk" else CPU
-        if onload is None:
-            onload = CPU if offload == "disk" else offload
-        if distance(onload) > distance(offload):
-            raise ValueError(
-                f"onload.device={str(onload)!r} is further away than "
-                f"offload.device={str(offload)!r}, but a layer cannot wait further "
-                "away than it rests; move offload there too, or onload nearer"
-            )
-        if self.disk_dir is not None and offload != "disk":
-            raise ValueError(
-                f"disk_dir={self.disk_dir!r} is given, but nothing is on disk: "
-                f"store={self.store!r}, offload.device={str(offload)!r}; give "
-                'store="disk", or leave disk_dir out'
-            )
-        return offload, onload
-
-    def _check_host_limit(self, offload: Place | None, onload: Place | None) -> None:
-        """Raises if a placement leaves no layer to wait on disk, or none in RAM."""
-        what = f"host_limit_gb={self.host_limit_gb:g} keeps in files what is beyond it"
-        if self.store == "cpu":
-            raise ValueError(
-                f"{what}, which contradicts store='cpu'; leave store out, or leave "
-                "host_limit_gb out to have all of the model in RAM"
-            )
-        if offload not in (None, "disk"):
-            raise ValueError(
-                f"{what}, which contradicts offload.device={str(offload)!r}; offload "
-                "to 'disk', or leave host_limit_gb out"
-            )
-        if onload not in (None, "disk", CPU):
-            raise ValueError(
-                f"{what} and the rest in host RAM, which contradicts "
-                f"onload.device={str(onload)!r}; onload to 'cpu' or 'disk', or leave "
-                "host_limit_gb out"
-            )
-
-    def _settled(
-        self, state: str, device: Place | None, compute: torch.device | None
-    ) -> Place | None:
-        """Returns a state's device in full, as far as the compute device is known."""
-        if compute is None or device == "disk":
-            return device
-        if device is None or (device != CPU and may_be_same(device, compute)):
-            return compute
-        if device == CPU and (state != "preparing" or compute == CPU):
-            return device
-        field, name = self._compute_field(), str(compute)
-        raise ValueError(
-            f"{state}.device={str(device)!r} does not go with {field}={name!r}; "
-            f"use {name!r}{'' if state == 'preparing' else ', cpu'} or disk"
-        )
-
-    def _compute_field(self) -> str:
-        """Returns the field that says where layers compute, for errors."""
-        if self.computation is None or self.computation.device is None:
-            return "compute_device"
-        return "computation.device"
-
-    def _said_compute_device(self) -> torch.device | None:
-        short = checked_device("compute_device", self.compute_device)
-        long = None
-        if self.computation is not None:
-            long = checked_device("computation.device", self.computation.device)
-        if short is None or long is None:
-            return short or long
-        if not may_be_same(short, long):
-            raise ValueError(
-                f"compute_device={str(short)!r} contradicts "
-                f"computation.device={str(long)!r}; give one of them"
-            )
-        return long if short.index is None else short
-
-    def _said_dtype(self, short_field: str, state: str) -> torch.dtype | None:
-        short: torch.dtype | None = getattr(self, short_field)
-        placement: Placement | None = getattr(self, state)
-        long = None if placement is None else placement.dtype
-        if None not in (short, long) and short != long:
-            raise ValueError(
-                f"{short_field}={short} contradicts {state}.dtype={long}; "
-                "give one of them"
-            )
-        return long if short is None else short
 
 
 def _check_folder(value: object) -> None:
