@@ -5,48 +5,28 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from .activations import ROOM_BYTES, Activations
 from .assembly import Assembly
 from .budget import MemoryBudget, format_gib
 from .coded_residents import fastest
-from .containers import tensors_in
 from .cost import Rates
 from .device_memory import DeviceMemory
-from .measured_memory import Measured, MeasuredPasses
 from .plan import Plan
 from .plan_maker import PlanMaker
 from .resolved_policy import ResolvedPolicy
 
 logger = logging.getLogger(__name__)
 
-# The allocator hands out up to 1 MiB more than a tensor asks for, depending on what is
-# free: the same activations take a little more in one pass than in the one before.
-_ROOM_BYTES = 2 * 2**20
-_ROOM_SHARE = 64
-
 # In a pass that measures, with less than this between the least and the limit, all of
 # it is left to activations: 64 MiB of a window are 1 ms of copying.
 _GUESSED_BYTES = 256 * 2**20
-
-# Room that is not needed any more goes to residents when so many passes, one behind the
-# other, have not needed it, and if it is at least this part of the limit.
-_PASSES_WITH_ROOM = 3
-_SPARE_SHARE = 32
 
 
 class PassPlanner:
     """Decides what is resident, pass by pass.
 
-    [Note: the limit and activations] On an accelerator the limit bounds what PyTorch's
-    allocator reaches in this process. How much of that is not the library's (the
-    activations, and tensors of other code) is measured in a pass that streams
-    everything: the first one, each one whose inputs are larger than all before, and
-    one of many whose inputs are much smaller.
-    What other code holds at the beginning of a later pass, beyond what it held then, is
-    added, and what it has given back is taken off. So is what the allocator hands out
-    beyond what is asked for: it cuts a free block only if more than 1 MiB is left,
-    which nobody can tell beforehand. It is seen once a plan's blocks are there
-    (`applied`), before the pass begins. On a CPU nobody can count activations apart:
-    the limit bounds the library's own bytes, and one plan serves all passes.
+    `Activations` tell it what a pass needs beside the library, see
+    [Note: the limit and activations].
 
     Args:
         policy: the limit and the placements.
@@ -59,24 +39,13 @@ class PassPlanner:
     ) -> None:
         self._maker = PlanMaker(policy)
         self._budget = budget
-        self._memory = memory
-        self._activations: int | None = None  # measured, bytes
-        self._measured = MeasuredPasses()
-        self._known: Measured | None = None  # of passes like the one that runs now
-        self._entry = ""  # the module that it calls
-        self._grown = 0  # what others hold more than in the pass that measured
-        self._with_room = 0  # passes that did not need all that was left to them
-        self._size = 0  # of its inputs, in elements
+        self._activations = Activations(budget, memory)
         self._reduced: tuple[int, Plan, Plan] | None = None  # see `beside`
         self._streaming: tuple[Plan, Plan] | None = None  # see `streaming_plan`
         self._measuring: Plan | None = None  # what the pass under way measures with
-        self._held_before = 0  # by others, when the pass that measures began
-        self._old_peak = False  # there is one beyond the limit from before the pass
-        self._earlier = (0, 0)  # of the pass under way, see `pause`
         self._checked: Plan | None = None  # the allocator's share of it was looked at
         self._warned = False
         self.weighed = False
-        self.peak_bytes = 0
         self.plan: Plan
 
     def set_assembly(
@@ -99,7 +68,7 @@ class PassPlanner:
 
     def _follow(self, maker: PlanMaker) -> None:
         """Plan as another maker does, unless it raises."""
-        self.plan = maker.make(self._activations or 0)
+        self.plan = maker.make(self._activations.most or 0)
         self._maker = maker
 
     def forget(self) -> None:
@@ -114,25 +83,22 @@ class PassPlanner:
             probing: layers may turn out to be needed at once that were not foreseen.
             entry: the module that is called by itself; empty for the root.
         """
-        limit = self._maker.limit()
-        self._earlier, self._measuring = (0, 0), None
-        if limit and not self._memory.measures_peak and probing:
+        limit, activations = self._maker.limit(), self._activations
+        activations.begin()
+        self._measuring = None
+        if limit and not activations.are_counted and probing:
             return self._measuring_plan()
-        if not limit or not self._memory.measures_peak:
+        if not limit or not activations.are_counted:
             return self.plan
-        self._entry, self._size = entry, input_elements
         can_gain = bool(self.plan.streamed)
-        known = self._measured.find(entry, input_elements, can_gain=can_gain)
-        self._known = known
-        if known is None:
-            self._grown = 0
+        if not activations.recall(entry, input_elements, can_gain=can_gain):
             self._measuring = self._measuring_plan()
             return self._measuring
-        # It was reached before: under another limit, or by other code.
-        most = self._maker.policy.limit_bytes or limit
-        self._old_peak = (self._memory.peak_bytes() or 0) > most
-        self._leave_room_beside(known)
-        self._take_room_back(known, limit)
+        activations.note_old_peak(self._maker.policy.limit_bytes or limit)
+        self._leave_room()
+        wanted = activations.well_below(self.plan.activation_bytes, limit)
+        if wanted is not None:
+            self.plan = self._maker.make(wanted)
         return self.plan
 
     @property
@@ -142,24 +108,21 @@ class PassPlanner:
 
     def pause(self) -> None:
         """Note what the pass under way took so far: another one begins inside it."""
-        peak = self._memory.peak_bytes()
-        if peak is not None:
-            self._earlier = self._taken_so_far(peak)
-            self._memory.reset_peak()
+        self._activations.pause()
 
     def resume(self) -> None:
         """Go on with the pass under way: what ran inside it is not its own."""
-        self._memory.reset_peak()
+        self._activations.resume()
 
-    def _taken_so_far(self, peak: int) -> tuple[int, int]:
-        """Return the peak of the pass under way, and what of it others took."""
-        before, beside = self._earlier
-        return max(before, peak), max(beside, peak - self._budget.total_used)
+    @property
+    def peak_bytes(self) -> int:
+        """What the allocator reached in any pass."""
+        return self._activations.peak_bytes
 
     @property
     def most_bytes(self) -> int | None:
         """What the allocator may hold; None if nobody counts it, or nobody minds."""
-        return (self._maker.limit() or None) if self._memory.measures_peak else None
+        return (self._maker.limit() or None) if self._activations.are_counted else None
 
     def applied(self, *, complete: bool = True) -> Plan | None:
         """Look at memory, now that it is what `for_pass` wanted it to be.
@@ -170,53 +133,30 @@ class PassPlanner:
         Returns:
             Another plan, to be applied instead; None if the pass can begin.
         """
+        activations, before = self._activations, self.plan
         if self._measuring:
-            self._memory.reset_peak()
-            self._held_before = self._held_by_others()
+            activations.begin_to_measure()
             return None
-        if self._old_peak:  # now that what was too much has been given up
-            self._old_peak = False
-            self._memory.reset_peak()
-        known, before = self._known, self.plan
+        activations.forget_old_peak()
         if not complete:
-            self.plan = self._maker.make(before.activation_bytes + _ROOM_BYTES)
-        elif known is None or self._checked is before:
+            self.plan = self._maker.make(before.activation_bytes + ROOM_BYTES)
+        elif not activations.are_known or self._checked is before:
             return None
         self._checked = before
-        if known is not None:
-            self._leave_room_beside(known)
+        self._leave_room()
         return None if self.plan is before else self.plan
 
-    def _leave_room_beside(self, known: Measured) -> None:
-        held = self._held_by_others()
-        self._grown = held - known.held
-        if self._grown < 0:
-            # What the pass itself came to hold it will take again.
-            self._grown = min(held - known.before, 0)
-        if known.activations + self._grown > self.plan.activation_bytes:
-            self.plan = self._maker.make(self._wanted(known))
-            self._with_room = 0
-
-    def _wanted(self, known: Measured) -> int:
-        return known.activations + self._grown + max(self._grown, 0) // 4
-
-    def _take_room_back(self, known: Measured, limit: int) -> None:
-        wanted = self._wanted(known)
-        spare = self.plan.activation_bytes - wanted
-        if spare <= max(limit // _SPARE_SHARE, 4 * _ROOM_BYTES):
-            self._with_room = 0
-            return
-        self._with_room += 1
-        if self._with_room == _PASSES_WITH_ROOM:
+    def _leave_room(self) -> None:
+        """Plan for more activations, where the pass under way wants more."""
+        wanted = self._activations.beyond(self.plan.activation_bytes)
+        if wanted is not None:
             self.plan = self._maker.make(wanted)
-            self._with_room = 0
 
     def _measuring_plan(self, taken: int = 0) -> Plan:
         # Unknown activations get three quarters of what is neither taken by others nor
         # needed at least; all of it where a larger window would gain next to nothing.
-        held, counted = 0, self._memory.measures_peak
-        if counted:
-            held = self._held_by_others()
+        counted = self._activations.are_counted
+        held = self._activations.held_by_others if counted else 0
         limit = self._maker.limit(taken) or 0
         spare = max(limit - self.plan.least_bytes - held, 0)
         if not counted or spare > _GUESSED_BYTES:
@@ -237,10 +177,10 @@ class PassPlanner:
         if known is not None and known[0] == nbytes and known[1] is plan:
             return known[2]
         taken = nbytes
-        if self._memory.measures_peak:
+        if self._activations.are_counted:
             # Blocks of the window, too, take more than their bytes.
             spare = (self._maker.limit(nbytes) or 0) - self.plan.least_bytes
-            taken += min(max(spare, 0), _ROOM_BYTES)
+            taken += min(max(spare, 0), ROOM_BYTES)
         if plan is self.plan:
             reduced = self._maker.make(plan.activation_bytes, taken=taken)
         else:
@@ -259,7 +199,7 @@ class PassPlanner:
         return self._counted_activations(self.plan_under_way)
 
     def _counted_activations(self, plan: Plan) -> int:
-        return plan.activation_bytes if self._memory.measures_peak else 0
+        return plan.activation_bytes if self._activations.are_counted else 0
 
     @property
     def streaming_plan(self) -> Plan:
@@ -282,7 +222,8 @@ class PassPlanner:
         """Return what a limit leaves for weights; None where all of them fit."""
         if limit_bytes is None or self._maker.assembly is None:
             return None
-        room = max(limit_bytes - self.fixed_bytes - (self._activations or 0), 0)
+        beside = self.fixed_bytes + (self._activations.most or 0)
+        room = max(limit_bytes - beside, 0)
         return None if self.weight_bytes <= room else room
 
     @property
@@ -302,31 +243,20 @@ class PassPlanner:
             complete: it came to its end.
             output: what it returned.
         """
-        peak = self._memory.peak_bytes()
-        if peak is None:
+        taken = self._activations.end()
+        if taken is None:
             return
-        peak, beside = self._taken_so_far(peak)
-        self.peak_bytes = max(self.peak_bytes, peak)
+        peak, beside = taken
         measuring, self._measuring = self._measuring, None
         limit = self._maker.policy.limit_bytes
         if not limit:
             return
         if measuring and complete:
-            held = self._held_between(output)
-            least_room = min(_ROOM_BYTES, limit // _ROOM_SHARE)
-            beside += max(least_room, (beside - held) // _ROOM_SHARE)
-            self._known = Measured(self._size, beside, held, self._held_before)
-            self._measured.note(self._entry, self._known)
-            self._activations = self._measured.most
-            self.plan = self._maker.make(self._activations)
+            beside = self._activations.note(beside, output, limit)
+            self.plan = self._maker.make(self._activations.most or 0)
         if peak > limit:
-            self._activations = max(self._activations or 0, beside)
-            known = self._known
-            if known is not None:
-                known.activations = max(known.activations, beside - self._grown)
             self._warn(peak, beside, limit)
-            # Or the passes that come would take it for theirs.
-            self._memory.reset_peak()
+            self._activations.note_excess(beside)
 
     def set_limit(self, policy: ResolvedPolicy) -> None:
         """Plan for another limit.
@@ -389,23 +319,6 @@ class PassPlanner:
             ceiling / 2**30,
         )
         return True
-
-    def _held_by_others(self) -> int:
-        return (self._memory.allocated_bytes() or 0) - self._budget.total_used
-
-    def _held_between(self, output: object) -> int:
-        """Return what others hold, without what the pass that ends has made.
-
-        Who keeps an output has it beside what the next pass takes.
-        """
-        held = self._held_by_others()
-        device = self._memory.device
-        made = {
-            tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-            for tensor in tensors_in(output)
-            if tensor.device == device
-        }
-        return max(held - sum(made.values()), min(held, self._held_before))
 
     def _warn(self, peak: int, beside: int, limit: int) -> None:
         if self._warned:
