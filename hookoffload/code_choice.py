@@ -181,11 +181,11 @@ def _code_more(
     try:
         for master, code in made:
             master.code_as(code)
-        session.rebuild()
+        session.rebuilding.rebuild()
     except BaseException as error:
         for master, _ in made:
             master.forget_code()
-        session.rebuild()
+        session.rebuilding.rebuild()
         if not isinstance(error, BudgetExceededError):
             raise
         logger.info("the limit has no room to decode into: %s", error)

@@ -42,7 +42,7 @@ class Edits:
             Whether layers and sites were made anew.
         """
         self.take_over_writes()
-        renewed = self._session.finish_rebuild()
+        renewed = self._session.rebuilding.finish()
         return self.take_over_untied() or renewed
 
     def take_over_writes(self) -> None:
@@ -63,7 +63,7 @@ class Edits:
         except ValueError as error:
             raise RuntimeError(str(error)) from error
         session.units.forget()
-        session.rebuild()
+        session.rebuilding.rebuild()
         session.passes.probe_next()  # new modules may read weights sideways
         session.page_lock.unlock(session.store.masters)
         session.store.replace_masters(session.moved_masters, session.policy.rests)

@@ -119,5 +119,5 @@ class LimitChanges:
         if policy.compute_device.type == "cpu":
             # Others move than before: the order of these says nothing of them.
             session.mover.set_layers(session.layers, ())
-        session.rebuild()
+        session.rebuilding.rebuild()
         session.adopt(policy)

@@ -67,7 +67,7 @@ class Passes:
         if session.inventory.replaced() and not in_functional_call():
             with torch.inference_mode(False):
                 session.edits.take_over_replaced()
-        session.finish_rebuild()
+        session.rebuilding.finish()
         if moved := session.inventory.given_other_data():
             for master, member in moved:
                 master.check_same(member)
@@ -248,11 +248,11 @@ class Passes:
         alike = reads_of_siblings(session.model, joined)
         self.joined = list(dict.fromkeys([*before, *joined, *alike]))
         try:
-            session.rebuild()
+            session.rebuilding.rebuild()
         except BudgetExceededError as error:
             self._warn_of_joined({user or "the model" for user, _ in joined}, error)
             self.joined = before
-            session.rebuild()
+            session.rebuilding.rebuild()
             self._probe_next = True
         session.adapters.warn_of_unused()
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -41,6 +40,7 @@ from .pinning import PageLock
 from .placement import Placement
 from .plan import Plan
 from .probe import Probe
+from .rebuilding import Rebuilding
 from .recorder import Recorder
 from .refusals import NotCopied, purge_hooks
 from .registered import unreadable_at_rest
@@ -133,13 +133,13 @@ class Session(NotCopied):
         self.edits = Edits(self)
         self.limits = LimitChanges(self)
         self.units = Units(self)
+        self.rebuilding = Rebuilding(self)
         self.hooks = HookSet(self)
         self.mover.on_evict = self.hooks.layer_evicted
         if group is not None:
             self.mover.ask_others = partial(group.make_room, self)
         self._call_begun = False
         self.torn = False  # an interrupt came in the middle of a hook
-        self._half_built = False  # or while layers were made anew
         self.passes = Passes(self)
         modules = frozenset(id(m) for m in model.modules())
         self.calls = (
@@ -153,7 +153,7 @@ class Session(NotCopied):
         found = partition(model, self.map)
         if code_cache is not None:
             complete_codes(code_cache, found, policy, locations, self.budget)
-        self._build(found)
+        self.build(found)
         self.store = Store(self.moved_masters, policy.disk_dir)
         self.page_lock = PageLock(
             policy.compute_device,
@@ -163,7 +163,7 @@ class Session(NotCopied):
 
     # -- what there is --------------------------------------------------------------
 
-    def _build(self, found: Partition) -> None:
+    def build(self, found: Partition) -> None:
         """Make layers, masters, sites and the plan; changes no tensor.
 
         Raises:
@@ -240,7 +240,7 @@ class Session(NotCopied):
                 self.page_lock.lock(self.store.masters)
             self.root.register()
             self.hooks.hang_all()
-            self._take_stock()
+            self.take_stock()
             self.state_hooks.register()
             logger.info("attached %s: %r", type(self.model).__name__, self.plan)
             if policy.compute_device.type != "cpu" and len(self.masters) >= _MANY:
@@ -423,7 +423,8 @@ class Session(NotCopied):
         """Whether every layer is bound between passes, so that no hook is needed."""
         return all(layer.stays_bound or layer.in_place for layer in self.layers)
 
-    def _take_stock(self) -> None:
+    def take_stock(self) -> None:
+        """Look which tensors the model has, to notice what becomes of them."""
         masters = (*self.moved_masters, *self.always.masters)
         self.inventory.renew(self.model, masters)
 
@@ -431,59 +432,6 @@ class Session(NotCopied):
     def adopt_buffers(masters: list[Master]) -> None:
         """Have buffers rest in host RAM: they are small, and forwards write to them."""
         Store([], None).adopt(masters, Placement(device="cpu"))
-
-    def rebuild(self) -> None:
-        """Make layers and sites anew, from the model as it is now.
-
-        Raises:
-            BudgetExceededError: The limit is below the least; the old ones stand.
-        """
-        self._half_built = True
-        try:
-            self._rebuild()
-        except BaseException as error:
-            # What fails has changed nothing yet; Ctrl-C comes anywhere.
-            self._half_built = not isinstance(error, Exception)
-            self.onloaded = False
-            self.hooks.hang_all()  # a part may be called by itself
-            raise
-        self._half_built = False
-
-    def finish_rebuild(self) -> bool:
-        """Make layers anew if an interrupt fell into that; tell whether it did."""
-        if not self._half_built:
-            return False
-        self.units.forget()
-        self.mover.set_layers(self.layers, ())  # the order may be of other layers
-        with torch.inference_mode(False):
-            self.rebuild()
-        return True
-
-    def _rebuild(self) -> None:
-        self.hooks.take_off()
-        self.mover.drop_all()
-        self.always.release()
-        order = self.mover.order
-        seen = self._masters_in(order.whole) if order.is_known else []
-        units = self.units.now
-        joined = self.passes.joined
-        found = partition(self.model, self.map, joined, units.bundles, units.whole)
-        self._build(found)
-        if seen:
-            self.mover.expect_order(self._layers_of(seen))
-        self.hooks.hang_all()
-        self._take_stock()
-        if self.onloaded:
-            self.always.onload()
-
-    def _masters_in(self, layers: Sequence[int]) -> list[Master]:
-        return [self.layers[index].masters[0] for index in layers]
-
-    def _layers_of(self, masters: Sequence[Master]) -> list[int]:
-        """List the layers to which masters belong by now, one behind the other."""
-        owners = {id(m): layer.index for layer in self.layers for m in layer.masters}
-        indices = [owners[id(m)] for m in masters if id(m) in owners]
-        return [index for index, _ in groupby(indices)]
 
     # -- states ---------------------------------------------------------------------
 

@@ -101,11 +101,11 @@ class Units:
         session = self._session
         self.now = wanted
         try:
-            session.rebuild()
+            session.rebuilding.rebuild()
         except BudgetExceededError:
             self.now = Unit()
             self._divided.update(*wanted)
-            session.rebuild()
+            session.rebuilding.rebuild()
 
     def choose(self, enclosing: Mapping[str, frozenset[str]]) -> None:
         """Have the units that fit the room which a pass has left.

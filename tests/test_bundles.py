@@ -20,7 +20,7 @@ from hookoffload import (
     offload_plan,
     offload_stats,
     offloaded,
-    session,
+    rebuilding,
     set_limit,
 )
 from hookoffload.state_hooks import session_of
@@ -463,7 +463,7 @@ def test_an_interrupt_while_bundles_are_divided_heals(
         run(model, x)
         assert _names(model) == BLOCKS
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(session, "partition", _interrupted)
+            patch.setattr(rebuilding, "partition", _interrupted)
             set_limit(model, 10 * LAYER / GIB)
         if part_first:
             assert same_bits(run(model.blocks[3], x), alone)
