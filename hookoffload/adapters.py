@@ -322,7 +322,7 @@ class Adapters:
         # Where all layers stayed there were no hooks, and now they may not all stay.
         session.hooks.hang_all()
         session.keep_to_plan()
-        if session.onloaded:
+        if session.placement.onloaded:
             self.onload()
         for adapter in wanted.values():
             adapter.register()

@@ -67,10 +67,10 @@ class Edits:
         session.passes.probe_next()  # new modules may read weights sideways
         session.page_lock.unlock(session.store.masters)
         session.store.replace_masters(session.moved_masters, session.policy.rests)
-        if not session.waits_where_it_rests:
-            session.onloaded = False
+        if not session.policy.waits_where_it_rests:
+            session.placement.onloaded = False
         session.page_lock.lock(session.store.masters)
-        session.adopt_buffers(session.always.masters)
+        session.placement.adopt_buffers()
         self.parted = []
 
     def take_over_untied(self) -> bool:

@@ -92,9 +92,10 @@ class Group:
         if session not in self._chosen:
             self._chosen = ()
         for other in self._idle(session):
-            if other.onloaded and other.rests_elsewhere and other not in self._chosen:
+            moves = not other.policy.waits_where_it_rests
+            if other.placement.onloaded and moves and other not in self._chosen:
                 with other.by_hand("offload"):
-                    other.offload()
+                    other.placement.offload()
         self._active = session
 
     def end(self, session: Session) -> None:
@@ -123,12 +124,12 @@ class Group:
         for other in self.sessions:
             if other not in sessions:
                 with other.by_hand("activate"):
-                    other.offload()
+                    other.placement.offload()
         self._chosen = tuple(sessions)
         self._active = None
         for session in sessions:
             with session.by_hand("activate"):
-                session.onload()
+                session.placement.onload()
 
     # -- room -----------------------------------------------------------------------
 
@@ -250,7 +251,7 @@ class Group:
             )
         elif limit_bytes == 0:
             for session in self.sessions:
-                session.give_way(lambda: False, owned=True)
+                session.placement.give_way(lambda: False, owned=True)
 
     def _beside(self, session: Session) -> int:
         """Bytes that the other members hold."""
@@ -311,18 +312,18 @@ class Group:
             if enough():
                 return True
             if session.budget.used:
-                session.give_way(None, owned=owned)
+                session.placement.give_way(None, owned=owned)
         for session in sessions:
             if enough():
                 return True
             if session.budget.used:
-                session.give_way(enough, owned=owned)
+                session.placement.give_way(enough, owned=owned)
         for session in sessions:
             if enough():
                 return True
             if session.budget.used:
                 with nullcontext() if owned else session.by_hand("making room"):
-                    session.offload()
+                    session.placement.offload()
         return enough()
 
     def _interrupt_running(self, session: Session, enough: Callable[[], bool]) -> None:

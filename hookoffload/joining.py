@@ -55,7 +55,8 @@ class Handover:
                     f"{old.label} has LoRAs, which end with its own limit. Call "
                     "clear_lora(model), attach all models, and add the LoRAs again"
                 )
-            old.offload()  # what waits in RAM and rests in a file lies there again
+            # What waits in RAM and rests in a file lies there again.
+            old.placement.offload()
             names = {id(m.tensor): m.name + m.path for m in group_tensors(old.model)[0]}
             self._left = {
                 names[id(member.tensor)]: master.location

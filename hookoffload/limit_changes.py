@@ -92,7 +92,7 @@ class LimitChanges:
     def _divide_anew(self, policy: ResolvedPolicy) -> None:
         """Have layers wait in other tiers, or in the old ones if that fails."""
         session = self._session
-        session.offload()
+        session.placement.offload()
         with torch.inference_mode(False):
             session.store.note_private_writes()
             masters, old = session.moved_masters, session.policy
@@ -106,7 +106,7 @@ class LimitChanges:
                 self._divide(old, before)
                 raise
             finally:
-                if session.waits_where_it_rests:
+                if session.policy.waits_where_it_rests:
                     session.page_lock.lock(session.store.masters)
 
     def _divide(self, policy: ResolvedPolicy, tiers: Tiers) -> None:
@@ -120,4 +120,4 @@ class LimitChanges:
             # Others move than before: the order of these says nothing of them.
             session.mover.set_layers(session.layers, ())
         session.rebuilding.rebuild()
-        session.adopt(policy)
+        session.placement.adopt(policy)

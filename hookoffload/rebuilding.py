@@ -37,7 +37,7 @@ class Rebuilding:
         except BaseException as error:
             # What fails has changed nothing yet; Ctrl-C comes anywhere.
             self._half_done = not isinstance(error, Exception)
-            session.onloaded = False
+            session.placement.onloaded = False
             session.hooks.hang_all()  # a part may be called by itself
             raise
         self._half_done = False
@@ -70,7 +70,7 @@ class Rebuilding:
             session.mover.expect_order(self._layers_of(seen))
         session.hooks.hang_all()
         session.take_stock()
-        if session.onloaded:
+        if session.placement.onloaded:
             session.always.onload()
 
     def _masters_in(self, layers: Sequence[int]) -> list[Master]:

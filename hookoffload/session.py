@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from .always import AlwaysResident
 from .budget import MemoryBudget
 from .cached_codes import CodeCache
 from .calls import CallTracker, TurnTaker, calls_under_way
-from .coding import assemble_coded, complete_codes, renew_codes
+from .coding import assemble_coded, complete_codes
 from .containers import map_tensors
 from .edits import Edits
 from .entry_site import EntrySite
@@ -26,18 +26,17 @@ from .gather import GatherSite
 from .group import Group
 from .hook_set import HookSet
 from .hooks import Site
-from .host_memory import trim_heap
 from .inventory import Inventory
 from .layer import Layer
 from .limit_changes import LimitChanges
 from .master import Master
 from .measured_pass import PassMeter
+from .model_placement import ModelPlacement
 from .mover import LayerMover
 from .partition import Partition, partition
 from .pass_planner import PassPlanner
 from .passes import Passes
 from .pinning import PageLock
-from .placement import Placement
 from .plan import Plan
 from .probe import Probe
 from .rebuilding import Rebuilding
@@ -54,14 +53,10 @@ from .units import Units
 
 logger = logging.getLogger(__name__)
 
-
-# Whether a master waits on disk. Those that do first: what is written frees RAM.
 # Layers and hooks for so many weights are so many objects that Python soon looks at all
 # that there are, a quarter of a second with a model library loaded: here rather than in
 # the first forward, with a GPU waiting.
 _MANY = 500
-
-_TIERS = (True, False)
 
 ValueT = TypeVar("ValueT")
 
@@ -114,10 +109,6 @@ class Session(NotCopied):
         self.planner = PassPlanner(policy, self.budget, self.mover.memory)
         self.meter = PassMeter(policy, self.mover)
         self.probe: Probe | None = None
-        self.onloaded = False
-        # Whether masters were moved to the onload placement, also while the device has
-        # nothing (`rest_everything`).
-        self._masters_wait = False
         self.ended = False  # a thread may still wait at a hook that is off by now
         self.sites: list[Site] = []
         self.entries: list[EntrySite] = []
@@ -130,6 +121,7 @@ class Session(NotCopied):
         self.read_in_place: set[int]  # ids of tables that are never brought in
         self.masters: dict[int, Master] = {}
         self._copied: frozenset[int]  # ids of masters that are not used where they rest
+        self.placement = ModelPlacement(self)
         self.edits = Edits(self)
         self.limits = LimitChanges(self)
         self.units = Units(self)
@@ -234,9 +226,9 @@ class Session(NotCopied):
 
     def _begin(self, policy: ResolvedPolicy) -> None:
         try:
-            self.adopt_buffers(self.always.masters)
-            self.adopt(policy)
-            if self.waits_where_it_rests:
+            self.placement.adopt_buffers()
+            self.placement.adopt(policy)
+            if policy.waits_where_it_rests:
                 self.page_lock.lock(self.store.masters)
             self.root.register()
             self.hooks.hang_all()
@@ -248,12 +240,6 @@ class Session(NotCopied):
         except BaseException:
             self.end()
             raise
-
-    def adopt(self, policy: ResolvedPolicy) -> None:
-        """Have masters rest where a policy says."""
-        for tier in _TIERS:
-            self.store.adopt(self._tier(tier), policy.rests(on_disk=tier))
-        self.store.choose_reads()
 
     def end(self) -> None:
         """Take the hooks off and give the model back as it was."""
@@ -284,7 +270,7 @@ class Session(NotCopied):
         self.mover.close()
         self.state_hooks.remove()
         purge_hooks(self)  # an interrupt may have come between a hook and its handle
-        self.onloaded = False
+        self.placement.onloaded = False
         self.ended = True
         # The hooks and this object refer to each other: until Python's collector comes
         # round, nothing here may keep the weights.
@@ -332,8 +318,8 @@ class Session(NotCopied):
             self.group.begin(self)
         if not self.all_stay:
             self.escapes.guard_graph()
-        if not self.onloaded:
-            self.onload()
+        if not self.placement.onloaded:
+            self.placement.onload()
         self.always.enter()
         self._call_begun = True
 
@@ -428,99 +414,10 @@ class Session(NotCopied):
         masters = (*self.moved_masters, *self.always.masters)
         self.inventory.renew(self.model, masters)
 
-    @staticmethod
-    def adopt_buffers(masters: list[Master]) -> None:
-        """Have buffers rest in host RAM: they are small, and forwards write to them."""
-        Store([], None).adopt(masters, Placement(device="cpu"))
-
-    # -- states ---------------------------------------------------------------------
-
-    def onload(self) -> None:
-        """Bring the model to its onload placement, if it is not there."""
-        if self.onloaded:
-            return
-        with torch.inference_mode(False):
-            self.store.note_private_writes()
-            if not self.waits_where_it_rests:
-                self._masters_wait = True  # first: an interrupt leaves some of them so
-                for tier in _TIERS:
-                    waits = self.policy.waits(on_disk=tier)
-                    self.store.onload(self._tier(tier), waits)
-            renew_codes(self.store.masters, self.policy, self.budget)
-            if not self.waits_where_it_rests:
-                self.page_lock.lock(self.store.masters)
-            self.make_room(self.planner.fixed_bytes)
-            self.always.onload()
-            self.adapters.onload()
-        self.onloaded = True
-
-    @property
-    def rests_elsewhere(self) -> bool:
-        """Whether offload gives back memory of the host as well."""
-        return not self.waits_where_it_rests
-
-    @property
-    def waits_where_it_rests(self) -> bool:
-        """Whether onload moves no master: only the device's memory changes."""
-        return self.policy.waits_where_it_rests
-
-    def _tier(self, on_disk: bool) -> list[Master]:
-        """List the masters that wait on disk, or those that wait in host RAM."""
-        return [master for master in self.store.masters if master.on_disk == on_disk]
-
-    def offload(self) -> None:
-        """Bring the model to its offload placement; no memory of the device is kept."""
-        self.onloaded = False
-        with torch.inference_mode(False):
-            self.mover.drop_all()
-            self.always.release()
-            self.adapters.release()
-            self.store.doubt_codes()
-            freed = self._masters_wait or self.policy.compute_device.type == "cpu"
-            if self._masters_wait:
-                self.page_lock.unlock(self.store.masters)
-                for tier in _TIERS:
-                    rests = self.policy.rests(on_disk=tier)
-                    self.store.offload(self._tier(tier), rests)
-                self._masters_wait = False
-        if freed:  # masters, or a CPU's window: host RAM
-            trim_heap()
-        self.hooks.hang_all()
-
     def make_room(self, nbytes: int) -> None:
         """Have models that share the limit give way, so that so many bytes fit."""
         if self.group is not None:
             self.group.make_room(self, nbytes)
-
-    def give_way(
-        self, enough: Callable[[], bool] | None, *, owned: bool = False
-    ) -> None:
-        """Give memory of the compute device back, while other models need it.
-
-        Args:
-            enough: says when to stop with residents; None: the window alone.
-            owned: this thread owns the model by hand already.
-        """
-        owning = nullcontext() if owned else self.by_hand("making room")
-        with owning, torch.inference_mode(False):
-            try:
-                self.mover.free_window()
-                if enough is not None:
-                    self.mover.give_up_residents(enough)
-            except BaseException:
-                self.mover.drop_all()  # nothing may be given up by half
-                raise
-            finally:
-                self.hooks.hang_if_needed()
-
-    def rest_everything(self) -> None:
-        """Put everything to rest, so that loading and saving see masters only."""
-        self.edits.sync_masters()
-        self.onloaded = False
-        with torch.inference_mode(False):
-            self.mover.drop_all()
-            self.always.release()
-        self.hooks.hang_if_needed()  # a part may be called by itself
 
     # -- what hooks need ------------------------------------------------------------
 

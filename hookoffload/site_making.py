@@ -69,7 +69,7 @@ def _is_needed_empty(session: Session, assembly: Assembly, sketch: SiteSketch) -
     while the model is offloaded has to onload it; and one that is called by itself
     finds its buffers as it does in a forward of the root.
     """
-    waits_elsewhere = not session.waits_where_it_rests
+    waits_elsewhere = not session.policy.waits_where_it_rests
     return sketch.outside or waits_elsewhere or assembly.casts_buffers(sketch)
 
 

@@ -90,7 +90,7 @@ class StateHooks(NotCopied):
                 session.store.check_unchanged()
             if loading and not inner:
                 session.require_no_call("load_state_dict")
-                session.rest_everything()
+                session.placement.rest_everything()
             elif not inner:
                 calls = session.calls
                 inside = calls.runs_here() or calls.is_guest
@@ -105,7 +105,7 @@ class StateHooks(NotCopied):
                     )
                 if session.inventory.has_packed and calls.depth == 1:
                     # Their classes make entries of parts, from where these lie.
-                    session.rest_everything()
+                    session.placement.rest_everything()
         except BaseException as error:
             session.torn |= not isinstance(error, Exception)
             session.calls.leave()

@@ -22,7 +22,7 @@ def onload(models: Models) -> None:
     """
     for session in sessions_of(models, "onload"):
         with session.by_hand("onload"):
-            session.onload()
+            session.placement.onload()
 
 
 def offload(models: Models) -> None:
@@ -39,7 +39,7 @@ def offload(models: Models) -> None:
     """
     for session in sessions_of(models, "offload"):
         with session.by_hand("offload"):
-            session.offload()
+            session.placement.offload()
 
 
 def activate(models: Models, names: Sequence[str]) -> None:
