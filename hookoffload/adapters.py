@@ -270,7 +270,7 @@ class Adapters:
         nbytes = _total(self._by_module)
         if self._block is not None or not nbytes:
             return
-        self._session.make_room(nbytes)
+        self._session.placement.make_room(nbytes)
         self._block = self._session.mover.memory.allocate("adapters", nbytes)
         memory = self._block.bytes
         for adapter in self._by_module.values():
@@ -321,7 +321,7 @@ class Adapters:
         self._by_module = wanted
         # Where all layers stayed there were no hooks, and now they may not all stay.
         session.hooks.hang_all()
-        session.keep_to_plan()
+        session.passes.keep_to_plan()
         if session.placement.onloaded:
             self.onload()
         for adapter in wanted.values():

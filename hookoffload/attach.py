@@ -193,7 +193,7 @@ def detach(models: ModelsT) -> ModelsT:
     require_whole(models, sessions, "detach")
     with ExitStack() as owned, ExitStack() as ends:
         for session in sessions:
-            owned.enter_context(session.by_hand("detach"))
+            owned.enter_context(session.ownership.by_hand("detach"))
         for session in sessions:
             ends.callback(session.end)  # each, whatever becomes of the others
     return models

@@ -73,9 +73,9 @@ class GatherSite(Site):
             self._gathering = False
             return super().pre(module, args, kwargs)
         session = self.session
-        session.enter_call()
+        session.ownership.enter_call()
         if session.ended:
-            session.leave_call()
+            session.ownership.leave_call()
             return None
         self.recover_if_left()
         self.active += 1
@@ -85,10 +85,10 @@ class GatherSite(Site):
             if session.probe is not None:
                 session.probe.enter(self)
         except BaseException as error:
-            session.torn |= not isinstance(error, Exception)
+            session.ownership.torn |= not isinstance(error, Exception)
             self.active -= 1
             self._gathering = False
-            session.leave_call()
+            session.ownership.leave_call()
             raise
         if session.calls.depth == 1:
             return session.to_compute_device((args, kwargs))
@@ -126,16 +126,16 @@ class GatherSite(Site):
             session.count_moved(layer, rows.nbytes)
             return rows.to(dtype=output.dtype).to(output.device, non_blocking=True)
         except BaseException as error:
-            session.torn |= not isinstance(error, Exception)
+            session.ownership.torn |= not isinstance(error, Exception)
             raise
         finally:
             self.active -= 1
-            session.leave_call()
+            session.ownership.leave_call()
 
     def _bind_stand_in(self, layer: Layer) -> None:
         """Point the weight at one row of zeros on the compute device."""
         session = self.session
-        session.begin_outermost_call()
+        session.ownership.begin_outermost_call()
         layer.revision()
         member = layer.masters[0].members[0]
         dtype = layer.masters[0].codec.compute

@@ -94,7 +94,7 @@ class Group:
         for other in self._idle(session):
             moves = not other.policy.waits_where_it_rests
             if other.placement.onloaded and moves and other not in self._chosen:
-                with other.by_hand("offload"):
+                with other.ownership.by_hand("offload"):
                     other.placement.offload()
         self._active = session
 
@@ -123,12 +123,12 @@ class Group:
         """Onload these members and offload the others."""
         for other in self.sessions:
             if other not in sessions:
-                with other.by_hand("activate"):
+                with other.ownership.by_hand("activate"):
                     other.placement.offload()
         self._chosen = tuple(sessions)
         self._active = None
         for session in sessions:
-            with session.by_hand("activate"):
+            with session.ownership.by_hand("activate"):
                 session.placement.onload()
 
     # -- room -----------------------------------------------------------------------
@@ -322,7 +322,8 @@ class Group:
             if enough():
                 return True
             if session.budget.used:
-                with nullcontext() if owned else session.by_hand("making room"):
+                by_hand = session.ownership.by_hand("making room")
+                with nullcontext() if owned else by_hand:
                     session.placement.offload()
         return enough()
 

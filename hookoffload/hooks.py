@@ -184,16 +184,16 @@ class Site(NotCopied):
                 "while offload hooks are attached, and the copy cannot be offloaded. "
                 "Call detach(model) first"
             )
-        session.enter_call()
+        session.ownership.enter_call()
         if session.ended:
-            session.leave_call()
+            session.ownership.leave_call()
             return None
         if self.stands_by or not self._is_hung:
             # Taken off while this thread waited for another one, or `look` found that
             # it is needed. PyTorch reads the post hooks behind the forward.
             renewed = session.site_of(module)
             if renewed is not self:
-                session.leave_call()
+                session.ownership.leave_call()
                 return None if renewed is None else renewed.pre(module, args, kwargs)
             self.register()
             session.hooks.slim_again()
@@ -203,12 +203,12 @@ class Site(NotCopied):
             outermost = session.calls.depth == 1
             changed = outermost and session.edits.part_changed()
         except BaseException:
-            session.leave_call()
+            session.ownership.leave_call()
             raise
         if changed:
             # The layers were made anew, and so were the sites. The post hook that will
             # run is the new one's.
-            session.leave_call()
+            session.ownership.leave_call()
             renewed = session.site_of(module)
             return None if renewed is None else renewed.pre(module, args, kwargs)
         self.active += 1
@@ -225,11 +225,11 @@ class Site(NotCopied):
             if session.probe is not None:
                 session.probe.enter(self)
         except BaseException as error:
-            session.torn |= not isinstance(error, Exception)
+            session.ownership.torn |= not isinstance(error, Exception)
             self.active -= 1
             for layer in entered:
                 session.release(layer)
-            session.leave_call()
+            session.ownership.leave_call()
             raise
         return session.to_compute_device((args, kwargs)) if outermost else None
 
@@ -280,10 +280,10 @@ class Site(NotCopied):
                     failed = output is None and sys.exc_info()[0] is not None
                     session.passes.end_part(output, complete=not failed)
             except BaseException:
-                session.torn = True
+                session.ownership.torn = True
                 raise
             finally:
-                session.leave_call()
+                session.ownership.leave_call()
         return kept
 
     def forget_calls(self) -> None:
@@ -303,7 +303,7 @@ class Site(NotCopied):
         if not self.active or self.session.calls.is_guest:
             return
         if count_calls(self.module) <= self.active:
-            self.session.recover()
+            self.session.ownership.recover()
 
     def _began(self, module: nn.Module) -> bool:
         """Tell whether the pre hook of the call that ends here did its work.

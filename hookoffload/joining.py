@@ -49,7 +49,7 @@ class Handover:
             CheckpointError: A file has changed.
         """
         old = self._old
-        with old.by_hand("attach_offload_hooks"):
+        with old.ownership.by_hand("attach_offload_hooks"):
             if old.adapters.nbytes:
                 raise RuntimeError(
                     f"{old.label} has LoRAs, which end with its own limit. Call "

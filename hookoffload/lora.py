@@ -69,7 +69,7 @@ def add_lora(
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale!r}")
     found = read_adapters(state_dict, network_alphas)
-    with session.by_hand("add_lora"), torch.inference_mode(False):
+    with session.ownership.by_hand("add_lora"), torch.inference_mode(False):
         session.adapters.add(_fit(session, found, scale))
 
 
@@ -83,7 +83,7 @@ def clear_lora(model: nn.Module) -> None:
         RuntimeError: The model is not attached, or is running.
     """
     session = one_session(model, "clear_lora")
-    with session.by_hand("clear_lora"), torch.inference_mode(False):
+    with session.ownership.by_hand("clear_lora"), torch.inference_mode(False):
         session.adapters.clear()
 
 

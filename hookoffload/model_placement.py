@@ -64,7 +64,7 @@ class ModelPlacement:
             renew_codes(store.masters, policy, session.budget)
             if not policy.waits_where_it_rests:
                 session.page_lock.lock(store.masters)
-            session.make_room(session.planner.fixed_bytes)
+            self.make_room(session.planner.fixed_bytes)
             session.always.onload()
             session.adapters.onload()
         self.onloaded = True
@@ -104,6 +104,12 @@ class ModelPlacement:
             session.always.release()
         session.hooks.hang_if_needed()  # a part may be called by itself
 
+    def make_room(self, nbytes: int) -> None:
+        """Have models that share the limit give way, so that so many bytes fit."""
+        group = self._session.group
+        if group is not None:
+            group.make_room(self._session, nbytes)
+
     def give_way(
         self, enough: Callable[[], bool] | None, *, owned: bool = False
     ) -> None:
@@ -114,7 +120,7 @@ class ModelPlacement:
             owned: this thread owns the model by hand already.
         """
         session = self._session
-        owning = nullcontext() if owned else session.by_hand("making room")
+        owning = nullcontext() if owned else session.ownership.by_hand("making room")
         with owning, torch.inference_mode(False):
             try:
                 session.mover.free_window()

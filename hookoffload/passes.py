@@ -77,7 +77,7 @@ class Passes:
         if measured is not None:
             with torch.inference_mode(False):
                 follow(session, measured)
-        session.begin_outermost_call()
+        session.ownership.begin_outermost_call()
         if session.group is not None:
             session.group.note(session, "")
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
@@ -114,7 +114,7 @@ class Passes:
         It has activations of its own, which the limit must have room for.
         """
         session = self._session
-        session.begin_outermost_call()
+        session.ownership.begin_outermost_call()
         if session.group is not None:
             session.group.note(session, name)
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
@@ -208,6 +208,11 @@ class Passes:
                 if not session.planner.step_down(session.mover.reached_bytes * 9 // 10):
                     raise
                 plan = session.planner.plan
+
+    def keep_to_plan(self) -> None:
+        """Give up at once what a plan that has changed does not keep."""
+        if self._session.mover.plan is not None:
+            self.apply(self._session.plan)
 
     def apply_again(self) -> None:
         """Make memory what the pass under way needs, which has lost some of it."""

@@ -75,13 +75,13 @@ class RootHooks(NotCopied):
                 "called while offload hooks are attached to the original. Call "
                 "detach(model) first"
             )
-        session.enter_call()
+        ownership, calls = session.ownership, session.calls
+        ownership.enter_call()
         if session.ended:
-            session.leave_call()
+            ownership.leave_call()
             return None
-        calls = session.calls
-        if calls.depth > 1 and not calls.is_guest and session.is_left_behind(self):
-            session.recover()
+        if calls.depth > 1 and not calls.is_guest and ownership.is_left_behind(self):
+            ownership.recover()
         outermost = session.calls.depth == 1
         self.active += 1
         try:
@@ -93,11 +93,11 @@ class RootHooks(NotCopied):
                 site.pre(module, args, kwargs)
             self._sites.append(site)
         except BaseException as error:
-            session.torn |= not isinstance(error, Exception)
+            session.ownership.torn |= not isinstance(error, Exception)
             self.active -= 1
             if outermost:
                 session.passes.end(None, complete=False)
-            session.leave_call()
+            session.ownership.leave_call()
             raise
         return inputs
 
@@ -136,8 +136,8 @@ class RootHooks(NotCopied):
                 if session.calls.depth == 1:
                     session.passes.end(output, complete=not (failed and output is None))
             except BaseException as error:
-                session.torn |= not isinstance(error, Exception)
+                session.ownership.torn |= not isinstance(error, Exception)
                 raise
             finally:
-                session.leave_call()
+                session.ownership.leave_call()
         return kept

@@ -96,7 +96,7 @@ def save_model(
     with ExitStack() as held:
         for session in sessions:
             # Until all is written, forwards of other threads wait.
-            held.enter_context(session.by_hand("save_model"))
+            held.enter_context(session.ownership.by_hand("save_model"))
             session.store.check_unchanged()
             # Everything rests behind `state_dict`; what it returned has them already.
             session.store.note_private_writes()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -16,7 +14,7 @@ from .adapters import Adapters
 from .always import AlwaysResident
 from .budget import MemoryBudget
 from .cached_codes import CodeCache
-from .calls import CallTracker, TurnTaker, calls_under_way
+from .calls import CallTracker, TurnTaker
 from .coding import assemble_coded, complete_codes
 from .containers import map_tensors
 from .edits import Edits
@@ -33,6 +31,7 @@ from .master import Master
 from .measured_pass import PassMeter
 from .model_placement import ModelPlacement
 from .mover import LayerMover
+from .ownership import Ownership
 from .partition import Partition, partition
 from .pass_planner import PassPlanner
 from .passes import Passes
@@ -130,13 +129,12 @@ class Session(NotCopied):
         self.mover.on_evict = self.hooks.layer_evicted
         if group is not None:
             self.mover.ask_others = partial(group.make_room, self)
-        self._call_begun = False
-        self.torn = False  # an interrupt came in the middle of a hook
         self.passes = Passes(self)
         modules = frozenset(id(m) for m in model.modules())
         self.calls = (
             CallTracker(modules) if group is None else TurnTaker(modules, group.turns)
         )
+        self.ownership = Ownership(self, self.calls)
         self.escapes = Escapes(model, self.mover.memory, self.calls)
         self.root = RootHooks(self, model)
         self.adapters = Adapters(self)
@@ -216,6 +214,25 @@ class Session(NotCopied):
         """The plan that stands; the first pass may run with a smaller one."""
         return self.planner.plan
 
+    @property
+    def all_stay(self) -> bool:
+        """Whether every layer is bound between passes, so that no hook is needed."""
+        return all(layer.stays_bound or layer.in_place for layer in self.layers)
+
+    def may_be_bound(self, master: Master) -> bool:
+        """Tell whether the compute device uses a copy of a master."""
+        return id(master) in self._copied
+
+    def site_of(self, module: nn.Module) -> Site | None:
+        """Return the site of a module, None if it needs none."""
+        sites = (*self.sites, *self.entries)
+        return next((site for site in sites if site.module is module), None)
+
+    def take_stock(self) -> None:
+        """Look which tensors the model has, to notice what becomes of them."""
+        masters = (*self.moved_masters, *self.always.masters)
+        self.inventory.renew(self.model, masters)
+
     # -- begin and end --------------------------------------------------------------
 
     def begin(self) -> None:
@@ -287,138 +304,6 @@ class Session(NotCopied):
         self.always.forget()
         self.planner.forget()
 
-    # -- calls ----------------------------------------------------------------------
-
-    def enter_call(self) -> None:
-        """Let the current thread in, after those that are inside."""
-        if self.calls.enter() or (self.torn and self.calls.depth == 1):
-            self._forget_interrupted_calls()
-
-    def leave_call(self) -> None:
-        """Come out of one hooked call."""
-        if self.calls.depth == 1:
-            self._end_outermost_call()
-        self.calls.leave()
-
-    def may_be_bound(self, master: Master) -> bool:
-        """Tell whether the compute device uses a copy of a master."""
-        return id(master) in self._copied
-
-    def site_of(self, module: nn.Module) -> Site | None:
-        """Return the site of a module, None if it needs none."""
-        sites = (*self.sites, *self.entries)
-        return next((site for site in sites if site.module is module), None)
-
-    def begin_outermost_call(self) -> None:
-        """Get ready for calls, of the root or of a part."""
-        if self._call_begun:
-            return
-        self.store.check_unchanged()
-        if self.group is not None:
-            self.group.begin(self)
-        if not self.all_stay:
-            self.escapes.guard_graph()
-        if not self.placement.onloaded:
-            self.placement.onload()
-        self.always.enter()
-        self._call_begun = True
-
-    def _end_outermost_call(self) -> None:
-        self._call_begun = False
-        self.escapes.drop_guard()
-        self.always.leave(training=self.model.training)
-
-    def recover(self) -> None:
-        """Clean up behind a call that never reached its post hook (Ctrl-C).
-
-        The thread stays the owner all the time, and is at the outermost level then:
-        that of the call which noticed.
-        """
-        self._forget_interrupted_calls()
-        self.calls.back_to_outermost()
-
-    def _forget_interrupted_calls(self) -> None:
-        logger.info("cleaning up behind an interrupted forward")
-        self.passes.retire_probe()
-        for site in (*self.sites, *self.entries):
-            site.forget_calls()
-        self.root.forget_calls()
-        self._end_outermost_call()
-        self.state_hooks.forget_calls()
-        self.edits.untie()  # before what is bound is taken for a forward's doing
-        self.mover.drop_all()
-        self.passes.interrupted()
-        self.torn = False
-
-    def is_left_behind(self, root: RootHooks) -> bool:
-        """Tell whether the levels around a call of the root are a dead call's."""
-        called = list(calls_under_way())
-        inside = sum(module is self.model for module in called)
-        if root.active:
-            return inside <= root.active
-        # The innermost is the call of the root that asks.
-        return not any(self.calls.knows(module) for module in called[1:])
-
-    @contextmanager
-    def by_hand(self, what: str) -> Iterator[None]:
-        """Own the model for what a program does to it between two forwards.
-
-        Raises:
-            RuntimeError: The model is running in this thread.
-        """
-        if self.calls.enter(by_hand=True) or (self.torn and self.calls.depth == 1):
-            self._forget_interrupted_calls()
-        try:
-            if self.ended:
-                raise RuntimeError(
-                    f"{what}: {type(self.model).__name__} was detached by another "
-                    "thread in the meantime; call attach_offload_hooks first"
-                )
-            self.require_no_call(what)
-            # Or they would go with the copies that wait in RAM.
-            self.edits.take_over_writes()
-            if what != "detach":
-                self.edits.take_over_untied()
-            yield
-        except BaseException as error:
-            self.torn |= not isinstance(error, Exception)
-            raise
-        finally:
-            self.calls.leave()
-
-    def require_no_call(self, what: str) -> None:
-        """Raise if this thread is inside the model; clean up if it no longer is."""
-        if self.calls.depth == 1:
-            return
-        if self.calls.runs_here() or self.calls.is_guest:
-            raise RuntimeError(
-                f"{what} was called from inside the model's own forward; call it "
-                "between two forwards"
-            )
-        self.recover()
-
-    # -- changes --------------------------------------------------------------------
-
-    def keep_to_plan(self) -> None:
-        """Give up at once what a plan that has changed does not keep."""
-        if self.mover.plan is not None:
-            self.passes.apply(self.plan)
-
-    @property
-    def all_stay(self) -> bool:
-        """Whether every layer is bound between passes, so that no hook is needed."""
-        return all(layer.stays_bound or layer.in_place for layer in self.layers)
-
-    def take_stock(self) -> None:
-        """Look which tensors the model has, to notice what becomes of them."""
-        masters = (*self.moved_masters, *self.always.masters)
-        self.inventory.renew(self.model, masters)
-
-    def make_room(self, nbytes: int) -> None:
-        """Have models that share the limit give way, so that so many bytes fit."""
-        if self.group is not None:
-            self.group.make_room(self, nbytes)
-
     # -- what hooks need ------------------------------------------------------------
 
     def bind(self, layer: Layer, *, aside: bool = False) -> None:
@@ -432,8 +317,8 @@ class Session(NotCopied):
             self._bind(layer, aside=aside)
 
     def _bind(self, layer: Layer, *, aside: bool) -> None:
-        if not self._call_begun:
-            self.begin_outermost_call()  # a part is called without the root
+        if not self.ownership.call_begun:
+            self.ownership.begin_outermost_call()  # a part is called without the root
         if self.mover.plan is None:
             self.passes.apply_again()
         self.mover.bind(layer, aside=aside)

@@ -82,20 +82,20 @@ class StateHooks(NotCopied):
             CheckpointError: A file that weights rest in was changed.
         """
         session = self.session
-        session.enter_call()
+        session.ownership.enter_call()
         try:
             inner = 0 < self._under_way == session.calls.depth - 1
             if not inner:
                 # The system kills a process that touches what was cut off a map.
                 session.store.check_unchanged()
             if loading and not inner:
-                session.require_no_call("load_state_dict")
+                session.ownership.require_no_call("load_state_dict")
                 session.placement.rest_everything()
             elif not inner:
                 calls = session.calls
                 inside = calls.runs_here() or calls.is_guest
                 if calls.depth > 1 and not inside:
-                    session.recover()
+                    session.ownership.recover()
                 session.edits.sync_masters()
                 if session.unreadable_at_rest is not None:
                     raise RuntimeError(
@@ -107,7 +107,7 @@ class StateHooks(NotCopied):
                     # Their classes make entries of parts, from where these lie.
                     session.placement.rest_everything()
         except BaseException as error:
-            session.torn |= not isinstance(error, Exception)
+            session.ownership.torn |= not isinstance(error, Exception)
             session.calls.leave()
             raise
         self._under_way += 1

@@ -21,7 +21,7 @@ def onload(models: Models) -> None:
         RuntimeError: They are not attached, or are running.
     """
     for session in sessions_of(models, "onload"):
-        with session.by_hand("onload"):
+        with session.ownership.by_hand("onload"):
             session.placement.onload()
 
 
@@ -38,7 +38,7 @@ def offload(models: Models) -> None:
         RuntimeError: They are not attached, or are running.
     """
     for session in sessions_of(models, "offload"):
-        with session.by_hand("offload"):
+        with session.ownership.by_hand("offload"):
             session.placement.offload()
 
 
@@ -133,7 +133,7 @@ def set_limit(
     policy = policy.with_limits(limit_gb, host_limit_gb)
     with ExitStack() as owned:
         for session in sessions:
-            owned.enter_context(session.by_hand("set_limit"))
+            owned.enter_context(session.ownership.by_hand("set_limit"))
         if group is None:
             sessions[0].limits.keep(policy)
         else:

@@ -189,5 +189,5 @@ def report(model: nn.Module) -> Report:
         >>> model = detach(model)
     """
     session = one_session(model, "report")
-    with session.by_hand("report"):
+    with session.ownership.by_hand("report"):
         return report_of(session)
