@@ -14,13 +14,14 @@ Row = dict[str, Any]
 RESERVED_SHARE, RESERVED_MARGIN = 1.1, 0.3 * 2**30
 
 HEADER = (
-    f"{'method':<24} {'limit':>6} {'seconds':>8} {'ratio':>6}"
+    f"{'method':<24} {'limit':>6} {'seconds':>8} {'ratio':>6} {'loop':>8} {'ratio':>6}"
     f" {'alloc':>7} {'steady':>7} {'reserv':>7} {'steady':>7} {'RSS':>6}"
     f" {'attach':>7} {'first':>7} {'ratio':>6} same"
 )
 LEGEND = """\
 seconds: median of the forwards after warm-up; first: the first forward
-ratio: of seconds to max(compute, streamed bytes / link); of first likewise, all bytes
+loop: as many forwards in a row, without a wait in between
+ratio: of either to max(compute, streamed bytes / link); of first likewise, all bytes
 alloc, reserv: most GiB of PyTorch's allocator in any forward, then in the timed ones;
     ! is above the limit (reserved: also above 1.1 of it and 0.3 GiB more)
 RSS: most GiB of RAM; attach: seconds; same: all outputs equal the plain model's
@@ -134,10 +135,11 @@ def _line(
     start = f"{method:<24} {_limit(row):>6}"
     if "error" in row:
         return f"{start} {_cut(row['error'])}"
-    ratio = first_ratio = None
+    ratio = loop_ratio = first_ratio = None
     if "pass_bytes" in row and compute is not None:
         bound = max(compute, row["pass_bytes"] / link if link else 0)
         ratio = row["seconds"] / bound
+        loop_ratio = row["loop_seconds"] / bound
         bound = max(compute, row["all_bytes"] / link if link else 0)
         first_ratio = row["first_seconds"] / bound
     same = "-"
@@ -150,6 +152,7 @@ def _line(
     reserved = limit and max(limit * RESERVED_SHARE, limit + RESERVED_MARGIN)
     return (
         f"{start} {row['seconds']:>8.4f} {_number(ratio, 3):>6}"
+        f" {row['loop_seconds']:>8.4f} {_number(loop_ratio, 3):>6}"
         f" {_gib(row['allocated_peak'], limit):>7}"
         f" {_gib(row['allocated_steady'], limit):>7}"
         f" {_gib(row['reserved_peak'], reserved):>7}"

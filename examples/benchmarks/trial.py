@@ -151,6 +151,7 @@ def _timed(
         steady.append(runner.forward(subject.resolution))
         rss.append(host_bytes())
     forwards = [first, *warm, *steady]
+    row["loop_seconds"] = runner.loop_seconds(subject.resolution, options.repeats)
     row |= {
         "first_seconds": first.seconds,
         "warm_seconds": [each.seconds for each in warm],
