@@ -77,16 +77,17 @@ def scaled_value(
         cast_to: where the piece's part of the scratch begins.
 
     Returns:
-        A flat tensor with the values in it, and the element at which they begin.
+        A flat tensor, and the element of its storage at which the values begin.
     """
     master = layer.pieces[index].master
     dtype, count = master.codec.compute, master.count
-    target, first = source, 0
-    if source.dtype != dtype:
-        assert layer.scratch_block is not None and layer.scratch is not None
-        target = layer.scratch_block.typed(dtype)
-        first = layer.scratch.offset + cast_to + scale_bytes(_rows(master))
-        first //= dtype.itemsize
+    if source.dtype == dtype:
+        make_scaled(layer, index, source, source)
+        return source, int(source.storage_offset())
+    assert layer.scratch_block is not None and layer.scratch is not None
+    target = layer.scratch_block.typed(dtype)
+    first = layer.scratch.offset + cast_to + scale_bytes(_rows(master))
+    first //= dtype.itemsize
     make_scaled(layer, index, source, target[first : first + count])
     return target, first
 

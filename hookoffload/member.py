@@ -87,7 +87,13 @@ class Member:
             wrapper.follow(self.tensor.device)
 
     def view(self, base: torch.Tensor, start: int) -> torch.Tensor:
-        """Return this member over a flat tensor whose master begins at ``start``."""
+        """Return this member over the storage of a flat tensor.
+
+        Args:
+            base: the flat tensor.
+            start: the element of the storage, not of the tensor, where its master
+                begins.
+        """
         return base.as_strided(self.shape, self.stride, start + self.location_in_master)
 
     def was_cast_by_its_forward(self) -> bool:

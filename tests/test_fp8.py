@@ -354,6 +354,27 @@ def test_weights_that_rest_in_8_bits_are_multiplied_as_they_are(
 
 
 @multiplies
+@pytest.mark.parametrize("fields", [{}, {"store": "disk"}], ids=["in place", "disk"])
+def test_weights_that_rest_in_8_bits_are_found_wherever_they_lie(
+    fields: dict[str, Any],
+) -> None:
+    layers = [nn.Linear(32, 32, bias=False) for _ in range(6)]
+    model = nn.Sequential(*layers)
+    together = torch.randn(6, 32, 32).to(FP8)
+    for layer, weight in zip(layers, together, strict=True):
+        layer.weight.data = weight  # not where their storage begins
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    want = x
+    for weight in together.clone():
+        want = product(want, (weight, torch.ones(32, 1)), None)
+    least = least_limit_gb(model, **EIGHT, **fields)
+    for limit in (least, 2 * least):  # the window has room for one, and for more
+        with offloaded(model, **EIGHT, **fields, limit_gb=limit):
+            for _ in range(3):
+                assert_same(run(model, x), want)
+
+
+@multiplies
 def test_other_8_bit_dtype_at_rest_is_brought_to_the_one_that_multiplies() -> None:
     model = linear()
     x = torch.randn(3, 64)
