@@ -137,6 +137,7 @@ class PageLock:
         self.locked_bytes = 0
         for master in self._moved:
             if master.in_ram:
+                master.reconcile(lenient=True)  # it may have been given other data
                 master.become(master.flat.clone(), None)
         self._moved = []
 
@@ -231,6 +232,7 @@ def _move_into_slab(masters: Sequence[Master]) -> None:
 
 
 def _move(master: Master, pages: torch.Tensor) -> None:
+    master.reconcile(lenient=True)  # it may have been given other data
     place = pages.view(master.flat.dtype)
     place.copy_(master.flat)
     master.become(place, None)

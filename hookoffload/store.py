@@ -76,6 +76,8 @@ class Store:
             CheckpointError: The folder cannot be written, or has too little room.
         """
         self._note_code_files()
+        for master in masters:
+            master.reconcile(lenient=True)  # it may have been given other data
         if placement.on_disk:
             self._origins.take_back(masters)
             self._spill(masters, placement.dtype)

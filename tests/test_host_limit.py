@@ -133,6 +133,20 @@ def test_edits_of_what_leaves_ram_are_kept(tmp_path: Path, from_file: bool) -> N
     assert same_bits(run(model), run(plain))
 
 
+@pytest.mark.parametrize("layers", [(DEPTH, 0), (0, DEPTH)])
+def test_data_that_weights_were_given_go_along(
+    tmp_path: Path, layers: tuple[int, int]
+) -> None:
+    model, plain = _attached(tmp_path, False, layers[0]), net()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        one.data = one.data * 3
+        other.data.mul_(3)
+    _set(model, layers[1])
+    assert same_bits(run(model), run(plain))
+    detach(model)
+    assert same_bits(run(model), run(plain))
+
+
 def test_edits_of_an_offloaded_model_go_along(tmp_path: Path) -> None:
     model, plain = _attached(tmp_path, True, 0), net()
     run(model)

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from hookoffload import OffloadPolicy, offloaded, pinning
 from hookoffload.host_memory import empty_pages
 from hookoffload.pinning import PageLock, _page_ranges
+from hookoffload.state_hooks import session_of
+from tests.small_models import assert_same, chain
 
 
 def test_weights_that_are_not_locked_are_told_once(
@@ -51,3 +54,26 @@ def test_pages_between_masters_are_not_locked() -> None:
     slab = empty_pages(4 * page)
     ranges = _page_ranges([_master(slab[:10]), _master(slab[3 * page : 3 * page + 9])])
     assert [high - low for low, high, _ in ranges] == [page, page]
+
+
+@pytest.mark.parametrize("when", ["before it is locked", "while it is locked"])
+def test_weight_that_moves_to_be_locked_keeps_the_data_that_it_was_given(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinning, "lock_pages", lambda *_: False)
+    with offloaded(chain(24, 20, 24), OffloadPolicy(compute_device="cpu")) as model:
+        session = session_of(model)
+        assert session is not None
+        masters = session.store.masters
+        lock = PageLock(torch.device("cuda"), None)
+        lock.lock(masters)
+        if when == "before it is locked":
+            lock.unlock(masters)
+        new = torch.randn_like(model[0].weight)
+        model[0].weight.data = new.clone()
+        if when == "before it is locked":
+            lock.lock(masters)
+        else:
+            lock.unlock(masters)
+        assert_same(model[0].weight.detach(), new)
+    assert_same(model[0].weight.detach(), new)
