@@ -72,7 +72,7 @@ def make_values(layer: Layer, found: PlaceViews) -> Values:
         layer.pieces, found.pieces, made.pieces, strict=True
     ):
         if target is not None:
-            _expand(piece.master, source, target, coded=not layer.has_values)
+            _expand(piece.master, source, target)
     return made.values
 
 
@@ -99,7 +99,7 @@ def fill_residence(layer: Layer, blocks: list[Block], found: PlaceViews) -> None
         if kept_scale_bytes(master):
             make_scaled(layer, index, _at_rest(master, source), target)
         else:
-            _expand(master, source, target, coded=True)
+            _expand(master, source, target)
 
 
 def scaled_values(layer: Layer, found: PlaceViews) -> Values:
@@ -124,7 +124,7 @@ def scaled_values(layer: Layer, found: PlaceViews) -> Values:
             flat = layer.scratch_block.typed(dtype)
             start = (layer.scratch.offset + place) // dtype.itemsize
             target = flat[start : start + master.count]
-            _expand(master, source, target, coded=not layer.has_values)
+            _expand(master, source, target)
         values += values_in(piece, flat, start)
     return values
 
@@ -180,8 +180,7 @@ def _scratch_views(layer: Layer, block: Block, offset: int) -> PlaceViews:
         dtype = master.codec.compute
         flat, start = block.typed(dtype), (offset + place) // dtype.itemsize
         target = flat[start : start + master.count]
-        coded = master.code is not None and not layer.has_values
-        targets.append(target.view(torch.int16) if coded else target)
+        targets.append(target if master.code is None else target.view(torch.int16))
         values += values_in(piece, flat, start)
     return PlaceViews(targets, values)
 
@@ -191,18 +190,16 @@ def _at_rest(master: Master, source: torch.Tensor | None) -> torch.Tensor:
     return master.flat if source is None else source
 
 
-def _expand(
-    master: Master, source: torch.Tensor | None, target: torch.Tensor, *, coded: bool
-) -> None:
+def _expand(master: Master, source: torch.Tensor | None, target: torch.Tensor) -> None:
     """Cast a master, or decode it.
 
     Args:
         master: the master.
-        source: its values or its code; None where the device reads it at rest.
+        source: its values, or its code if it has one; None where the device reads it
+            at rest. Values of what has a code are read where they lie.
         target: takes its values.
-        coded: what has a code comes as that.
     """
-    code = master.code if coded else None
+    code = master.code
     if code is None:
         target.copy_(_at_rest(master, source))
     elif code.fits:

@@ -171,6 +171,19 @@ def test_scratch_goes_on_without_an_event_on_the_default_stream(
     engine.close()
 
 
+def test_a_stream_that_used_scratch_may_be_gone_when_it_is_waited_for(
+    device: Simulation,
+) -> None:
+    engine = StreamCopyEngine(CPU)
+    device.set_stream(Stream(CPU, "another"))
+    token = engine.computed()
+    assert device.words() == ["record"]
+    device.set_stream(device.compute)
+    engine.order_after((token,))
+    assert device.words() == ["record", "wait"]
+    engine.close()
+
+
 @pytest.mark.parametrize("first", ["default", "another"])
 def test_scratch_that_another_stream_used_is_waited_for(
     first: str, device: Simulation

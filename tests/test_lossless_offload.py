@@ -91,6 +91,27 @@ def test_outputs_are_the_same_bits(
     assert ho.offload_stats(model).decoded_bytes >= 6 * LAYER_BYTES
 
 
+def test_layers_of_coded_and_cast_weights_become_residents_and_stream_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a resident casts goes where all of it was made while it was streamed."""
+    have_ram_unreadable(monkeypatch)
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8))).bfloat16()
+    for layer in model:
+        layer.bias.data = layer.bias.data.half()
+    x = torch.randn(3, 256, dtype=torch.bfloat16)
+    expected = run(copy.deepcopy(model).bfloat16(), x)
+    ho.attach_offload_hooks(model, policy("cpu", compute_dtype=torch.bfloat16))
+    residents = set()
+    for layers in (4, 6, 7, 5, 4):
+        ho.set_limit(model, layers * model[0].weight.nbytes / 2**30)
+        for _ in range(3):
+            assert_same_bits(run(model, x), expected)
+        plan = ho.offload_plan(model)
+        residents.add(len(plan.resident - plan.kept_coded))
+    assert len(residents) > 2
+
+
 def test_three_quarters_of_the_bytes_are_copied(
     device: str, ids: torch.Tensor, model: Model
 ) -> None:

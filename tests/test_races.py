@@ -143,6 +143,19 @@ def test_passes_on_several_streams_that_wait_for_each_other_are_in_order(
     assert watched.detector.races == []
 
 
+def test_scratch_that_one_stream_used_is_waited_for_by_the_next(
+    watched: _Watched, device: Simulation
+) -> None:
+    model, x = linears(depth=3), torch.randn(2, 32, dtype=torch.bfloat16)
+    with offloaded(model, store="disk", limit_gb=0, compute_dtype=torch.bfloat16):
+        run(model, x)
+        used = device.compute.tick()  # behind all that copies have waited for
+        other = Stream(CPU, "other")
+        device.set_stream(other)
+        run(model, x)
+    assert other.clock.get(device.compute.name, 0) >= used
+
+
 @pytest.mark.parametrize("name", REAL_MODELS)
 def test_real_models_pass_without_a_race(name: str, watched: _Watched) -> None:
     model, inputs = REAL_MODELS[name]()
