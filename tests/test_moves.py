@@ -124,3 +124,15 @@ def test_masters_that_move_are_found_where_they_are() -> None:
         assert len(_pairs(views)) == 1
         _perform(views)
         assert _arrived(views)
+
+
+def test_copies_that_were_made_in_inference_mode_are_performed_outside() -> None:
+    with offloaded(_chain(24, 20, 24), POLICY) as model:
+        masters = _masters(model)
+        _move_into_slab(masters)
+        _lock(masters)
+        with torch.inference_mode():
+            views, _ = _views(masters)
+            _pairs(views)
+        _perform(views)
+        assert _arrived(views)
