@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 
 from .codec import Codec
-from .fp8 import take_off
+from .fp8 import Fp8Weight, take_off
 from .lossless import encode_from
 from .lossless_encoder import ChunkEncoder, Source
 from .lossless_host import HostEncoder
@@ -245,9 +245,9 @@ class Master:
         Returns:
             Whether it was: its version moved, or it was given other data.
         """
-        if self.codec.scaled:
-            return False  # it refuses writes, see [Note: fp8 compute]
         tensor = member.tensor
+        if type(tensor) is Fp8Weight:
+            return False  # it refuses writes, see [Note: fp8 compute]
         pointer = tensor.data_ptr()
         if pointer == member.rest_pointer:
             return False  # an interrupt came before it was bound, or behind its rest

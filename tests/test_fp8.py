@@ -29,6 +29,7 @@ from hookoffload import (
 )
 from hookoffload.fp8 import why_not_on
 
+from .interrupts import NthCall
 from .samples import GIB, least_limit_gb, run, same_bits, seen_inside
 from .small_models import assert_same
 from .snapshots import Snapshot, assert_untouched
@@ -513,6 +514,30 @@ def test_forward_that_ends_early_leaves_no_weight_in_8_bits(
     detach(model)
     handle.remove()
     assert_untouched(model, before)
+
+
+@multiplies
+@pytest.mark.parametrize("rest", [None, FP8], ids=str)
+def test_weight_that_is_edited_behind_an_interrupted_bind_has_the_new_values(
+    rest: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = linear(torch.bfloat16), torch.randn(3, 64, dtype=torch.bfloat16)
+    new = torch.randn(48, 64).to(FP8).bfloat16()
+    fields = {"store": "disk", "limit_gb": 0, "storage_dtype": rest}
+    with offloaded(model, **EIGHT, **fields):
+        run(model, x)
+        with monkeypatch.context() as patched:
+            patched.setattr("hookoffload.layer.put_scales_on", NthCall(_none, 0))
+            with pytest.raises(KeyboardInterrupt):
+                run(model, x)
+        with torch.no_grad():
+            model[0].weight.copy_(new)
+        run(model, x)
+        assert_same(model[0].weight.detach().bfloat16(), new)
+
+
+def _none(*_: object) -> None:
+    """Does nothing."""
 
 
 @multiplies
