@@ -22,8 +22,9 @@ WARPS = 4
 
 # Triton looks at all arguments before each launch, to find what it compiled for their
 # kind: 17 us of which 7 are left without (one H200). It tells kinds of pointers apart
-# by this alignment.
+# by this alignment; on ROCm by the sizes behind them, too.
 _ALIGNED = 16
+_IS_CUDA = torch.version.hip is None
 _compiled: dict[tuple[int | None, int, bool, int], Any] = {}
 
 
@@ -50,7 +51,7 @@ def decode_in_triton(
     arguments = (words, halves, *layout.kernel_arguments, rows, layout.wide)
     programs = (-(-layout.blocks // rows), 1, 1)
     key = None
-    if not (words.data_ptr() | halves.data_ptr()) % _ALIGNED:
+    if _IS_CUDA and not (words.data_ptr() | halves.data_ptr()) % _ALIGNED:
         key = (output.device.index, rows, layout.wide, warps)
         compiled = _compiled.get(key)
         if compiled is not None:
