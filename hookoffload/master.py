@@ -254,8 +254,9 @@ class Master:
         moved = pointer != member.bound_pointer
         if not moved and version_of(tensor) == member.version:
             return False
-        dtype = member.dtype if self.mixed else self.codec.compute
-        if tensor.shape != member.shape or tensor.dtype != dtype or tensor.is_meta:
+        # Of the latter where an interrupt came between its rest and the note of that.
+        dtypes = (member.dtype if self.mixed else self.codec.compute, member.rest.dtype)
+        if tensor.shape != member.shape or tensor.dtype not in dtypes or tensor.is_meta:
             return False  # moved or cast behind the back: the next forward says so
         member.rest.copy_(tensor.data)
         self.note_change()

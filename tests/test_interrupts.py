@@ -655,6 +655,30 @@ def test_interrupt_while_a_layer_rests_leaves_its_weights_in_the_users_file(
     detach(model)
 
 
+def test_data_that_is_given_behind_a_half_done_rest_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    policy = OffloadPolicy(
+        store="disk", limit_gb=0, storage_dtype=torch.bfloat16, compute_device="cpu"
+    )
+
+    def swap_and_stop(members: list[Any]) -> None:
+        members[0].tensor.data = members[0].rest
+        raise KeyboardInterrupt
+
+    with offloaded(model, policy), torch.no_grad():
+        model(torch.ones(1, 16))
+        with monkeypatch.context() as patched:
+            patched.setattr("hookoffload.layer.rest_members", swap_and_stop)
+            with pytest.raises(KeyboardInterrupt):
+                model(torch.ones(1, 16))
+        given = torch.randn(16, 16).bfloat16()
+        model[0].weight.data = given.clone()
+        model(torch.ones(1, 16))
+        assert torch.equal(model[0].weight, given)
+
+
 @every_torn
 def test_interrupt_at_any_step_of_a_parts_call_is_healed_by_the_next_one(
     problems: Problems, kind: str
