@@ -18,6 +18,7 @@ from .budget import BudgetExceededError, MemoryBudget
 from .checkpoint_plan import HeldAs, Tiers, dtype_label, plan_of_headers
 from .codable import can_code, check_makes_codes, foreseen
 from .codec import Codec, choose_codec
+from .coded_residents import LEAST_GAIN
 from .coding import assemble_coded
 from .cost import Rates
 from .device_memory import DeviceMemory
@@ -136,7 +137,7 @@ def _faster(raw: Plan, make_coded: Callable[[], Plan]) -> Plan:
     one, other = raw.predict(), coded.predict()
     if one is None or other is None or one.compute_seconds is None:
         return coded
-    return raw if one.seconds <= other.seconds else coded
+    return coded if other.seconds < one.seconds * (1 - LEAST_GAIN) else raw
 
 
 def _coded_bytes(code: str, count: int) -> int:
