@@ -6,7 +6,8 @@ pass finds most layers where the one before had them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from .layer import Layer
 
 
+P = ParamSpec("P")
+ViewsT = TypeVar("ViewsT", bound=PlaceViews)
+
 # Steady passes find a layer in the same place each time; others in a few.
 _PLACES_KEPT = 4
 
@@ -27,13 +31,8 @@ def where_it_lies(layer: Layer, region_block: Block | None) -> PlaceViews:
     """Return views of a layer's residence, or of what was copied of it."""
     if not layer.resident:
         return as_copied(layer, region_block)
-    keeper = layer.resident[0]
-    found: PlaceViews | None = keeper.kept.get(layer, {}).get(layer.keeps_code)
-    if found is None:
-        with torch.inference_mode(False):  # they are kept beyond the user's context
-            found = _residence_views(layer, layer.resident)
-        keeper.kept[layer] = {layer.keeps_code: found}
-    return found
+    keeper, place = layer.resident[0], layer.keeps_code
+    return _kept(keeper, layer, place, _residence_views, layer, layer.resident)
 
 
 def as_copied(layer: Layer, region_block: Block | None) -> PlaceViews:
@@ -48,14 +47,7 @@ def views_in(layer: Layer, block: Block) -> RegionViews:
     """Return views of a layer's region in a block, which keeps them."""
     assert layer.region is not None, "only a layer with a place has views there"
     offset = layer.region.offset
-    places = block.kept.setdefault(layer, {})
-    found: RegionViews | None = places.get(offset)
-    if found is None:
-        if len(places) >= _PLACES_KEPT:
-            places.clear()
-        with torch.inference_mode(False):
-            found = places[offset] = _region_views(layer, block, offset)
-    return found
+    return _kept(block, layer, offset, _region_views, layer, block, offset)
 
 
 def make_values(layer: Layer, found: PlaceViews) -> Values:
@@ -80,13 +72,25 @@ def _views_in_scratch(layer: Layer) -> PlaceViews:
     block, region = layer.scratch_block, layer.scratch
     assert block is not None and region is not None, "it has its scratch"
     place = (region.offset, layer.has_values)
-    places = block.kept.setdefault(layer, {})
-    found: PlaceViews | None = places.get(place)
+    return _kept(block, layer, place, _scratch_views, layer, block, region.offset)
+
+
+def _kept(
+    block: Block,
+    layer: Layer,
+    place: object,
+    make: Callable[P, ViewsT],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> ViewsT:
+    """Return what a block keeps of a layer for a place, or make it."""
+    places: dict[object, ViewsT] = block.kept.setdefault(layer, {})
+    found = places.get(place)
     if found is None:
         if len(places) >= _PLACES_KEPT:
             places.clear()
-        with torch.inference_mode(False):
-            found = places[place] = _scratch_views(layer, block, region.offset)
+        with torch.inference_mode(False):  # it is kept beyond the user's context
+            found = places[place] = make(*args, **kwargs)
     return found
 
 
