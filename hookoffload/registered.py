@@ -218,6 +218,12 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
             "other memory. Make (or load) the model outside of it; running it "
             "inside is fine"
         )
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError(
+            f"{name} is a lazy conjugate or negative of what its memory holds (as of "
+            "Tensor.conj), and its bytes alone do not say so. Register "
+            "tensor.resolve_conj().resolve_neg() instead"
+        )
 
 
 def check_packed(

@@ -217,6 +217,24 @@ def test_lazy_module_is_refused_until_it_is_initialised(
         assert_same(run(model, x), wanted)
 
 
+@pytest.mark.parametrize(
+    "lazy",
+    [torch.tensor([1 + 2j]).conj(), torch._neg_view(torch.tensor([2.0]))],
+    ids=["conjugate", "negative"],
+)
+def test_lazy_conjugates_and_negatives_are_refused_until_they_are_resolved(
+    lazy: torch.Tensor, tmp_path: Path
+) -> None:
+    model = chain(4, 4)
+    model.table = nn.Parameter(lazy)
+    with _refused(model, tmp_path, r"table is a lazy .*resolve_conj\(\)"):
+        attach_offload_hooks(model, OffloadPolicy(**STREAMED))
+    model.table = nn.Parameter(lazy.resolve_conj().resolve_neg())
+    with offloaded(model, OffloadPolicy(**STREAMED)):
+        assert torch.equal(model.state_dict()["table"], lazy)
+    assert torch.equal(model.table, lazy)
+
+
 def test_sparse_parameter_is_refused(tmp_path: Path) -> None:
     model = chain(4, 4)
     model.table = nn.Parameter(torch.eye(4).to_sparse())
