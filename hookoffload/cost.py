@@ -13,8 +13,7 @@ _RATES = (
 )
 
 # By which part computing takes longer while copies arrive: a forward of 0.173 s that
-# needed none took 0.181 with 9.46 GB of them beside it, and one of 0.966 s took 0.996
-# with 36 GB (20.4B transformer, batches of 1 and 6, one H200).
+# needed none took 0.181 with 9.46 GB of them beside it (20.4B transformer, one H200).
 COPIES_SLOW_COMPUTE = 0.05
 
 

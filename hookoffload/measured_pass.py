@@ -14,8 +14,8 @@ from .plan import Plan
 from .resolved_policy import ResolvedPolicy
 
 # Passes with a plan before one is measured: the first brings in what stays, and in the
-# second much is done for the first time. That took a 20.4B transformer 0.34 s, and all
-# later ones 0.26 (one H200): the difference would look like compute.
+# second much is done for the first time (views of places, launches), which would look
+# like compute.
 _UNSETTLED_PASSES = 2
 
 
