@@ -209,9 +209,9 @@ def _encode(
     dtypes = {master.flat.dtype for master in masters}
     threads, chunk_bytes, taken = _device_encoders(dtypes, policy, budget)
     if threads:
-        budget.reserve("encoding", taken)
         # What the window and residents were in would be kept beside what encoders take.
         torch.cuda.empty_cache()
+        budget.reserve("encoding", taken)
         try:
             make = partial(DeviceEncoder, device, chunk_bytes)
             _encode_in_threads(masters, threads, make, work)
