@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from .master import Master
-from .moves import Move
+from .moves import Moves
 from .staging import Coming
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Copy:
         pieces: masters and the flat ``uint8`` tensors that take their bytes.
         nbytes: of all pieces.
         after: tokens that must be waited for before the first byte is written.
-        moves: sources and destinations of the same bytes, if all of them are
+        moves: destinations and sources of the same bytes, if all of them are
             page-locked; None: those of the pieces, one by one.
 
     Attributes:
@@ -54,7 +54,7 @@ class Copy:
         pieces: Sequence[tuple[Master, torch.Tensor]],
         nbytes: int,
         after: tuple[object, ...],
-        moves: Sequence[Move] | None = None,
+        moves: Moves | None = None,
     ) -> None:
         self.name = name
         self.moves = moves

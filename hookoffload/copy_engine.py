@@ -42,9 +42,10 @@ import torch
 
 from .copies import POISON, Copy, CopyEngine
 from .copy_worker import Worker
+from .entries import have_happened, stalled_seconds
 from .host_copies import HostCopyEngine
 from .master import Master
-from .moves import Move
+from .moves import Moves
 from .profiler_ranges import profiler_range
 from .reader_threads import ReaderThreads
 from .staging import Coming, Staging
@@ -60,20 +61,22 @@ class StreamCopyEngine:
         self._staging = Staging(ReaderThreads(), _page_locked)
         self._worker = Worker(_StagedCopies(device, self._stream, self._staging))
         self._stalled = 0.0
-        # Pairs of events around the waits whose length is not known yet.
+        # Waits whose length is not known yet: an event in front of each, and what it
+        # waits for.
         self._waits: deque[tuple[torch.Event, torch.Event]] = deque()
 
     def start(self, copy: Copy) -> None:
         """Begin a copy: queue it, or give it to the worker to be staged."""
         moves = copy.moves
         if moves is None and all(master.pinned for master, _ in copy.pieces):
-            moves = [(master.bytes, target) for master, target in copy.pieces]
+            targets = [target for _, target in copy.pieces]
+            moves = (targets, [master.bytes for master, _ in copy.pieces])
         if moves is None:
             self._worker.put(copy)
         else:
             self._queue(copy, moves)
 
-    def _queue(self, copy: Copy, moves: Sequence[Move]) -> None:
+    def _queue(self, copy: Copy, moves: Moves) -> None:
         stream = self._stream
         for token in copy.after:
             assert isinstance(token, torch.Event)
@@ -81,11 +84,11 @@ class StreamCopyEngine:
         if copy.entry is not None:
             copy.entry.begin(stream)
         with _current(stream), profiler_range("copy", copy.name):
-            for source, destination in moves:
-                destination.copy_(source, non_blocking=True)
+            # One call: a layer of many tensors has a dozen of them.
+            torch._foreach_copy_(*moves, non_blocking=True)
         if copy.entry is not None:
             copy.entry.end(stream)
-        copy.ready = self._behind(stream)
+        copy.ready = self._behind(stream, timed=True)
 
     def wait(self, copy: Copy) -> None:
         """Make the current stream wait for the copy."""
@@ -94,15 +97,12 @@ class StreamCopyEngine:
         if ready is None or ready.query():
             return
         stream = torch.accelerator.current_stream(self._index)
-        before = torch.Event(self._device, enable_timing=True)
-        after = torch.Event(self._device, enable_timing=True)
-        before.record(stream)
+        before = self._behind(stream, timed=True)
         ready.wait(stream)
-        after.record(stream)
-        self._waits.append((before, after))
+        self._waits.append((before, ready))
         if copy.entry is not None:
-            copy.entry.stall(before, after)
-        while len(self._waits) > 1 and self._waits[0][1].query():
+            copy.entry.stall(before, ready)
+        while len(self._waits) > 1 and have_happened(self._waits[0]):
             self._add_stall()
 
     def expect(self, coming: Sequence[Coming], nbytes: int) -> None:
@@ -139,8 +139,8 @@ class StreamCopyEngine:
             assert isinstance(token, torch.Event)
             token.wait(stream)
 
-    def _behind(self, stream: torch.Stream) -> torch.Event:
-        event = torch.Event(self._device)
+    def _behind(self, stream: torch.Stream, *, timed: bool = False) -> torch.Event:
+        event = torch.Event(self._device, enable_timing=timed)
         event.record(stream)
         return event
 
@@ -167,13 +167,13 @@ class StreamCopyEngine:
     def stall_seconds(self) -> float:
         """Seconds for which compute has waited for copies, so far."""
         while self._waits:
-            self._waits[0][1].synchronize()
+            for event in self._waits[0]:
+                event.synchronize()
             self._add_stall()
         return self._stalled
 
     def _add_stall(self) -> None:
-        before, after = self._waits.popleft()
-        self._stalled += before.elapsed_time(after) / 1e3
+        self._stalled += stalled_seconds(*self._waits.popleft())
 
     def close(self) -> None:
         """End the worker thread."""
@@ -220,7 +220,7 @@ class _StagedCopies:
             self._bring(copy)
         if copy.entry is not None:
             copy.entry.end(self._stream)
-        ready = torch.Event(self._device)
+        ready = torch.Event(self._device, enable_timing=True)
         ready.record(self._stream)
         copy.ready = ready
         copy.finish()

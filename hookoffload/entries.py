@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -47,6 +47,23 @@ def seconds_between(began: Mark, ended: Mark) -> float:
     return float(began.elapsed_time(ended)) / 1e3
 
 
+def stalled_seconds(came: Mark, ready: Mark) -> float:
+    """Return for how long compute waited for a copy.
+
+    On a device no event is needed behind the wait, which compute would have to pass.
+
+    Args:
+        came: when compute came to the wait.
+        ready: when the copy was ready, maybe before.
+    """
+    return max(seconds_between(came, ready), 0.0)
+
+
+def have_happened(events: Iterable[torch.Event]) -> bool:
+    """Tell whether all of some events have happened."""
+    return all(event.query() for event in events)
+
+
 class LayerFigures:
     """One layer's figures since attach.
 
@@ -75,14 +92,15 @@ class LayerFigures:
             return
         assert isinstance(ended, torch.Event), "marks of one kind"
         self._pending.append((began, ended))
-        while len(self._pending) > 1 and self._pending[0][1].query():
-            self._stalled += seconds_between(*self._pending.popleft())
+        while len(self._pending) > 1 and have_happened(self._pending[0]):
+            self._stalled += stalled_seconds(*self._pending.popleft())
 
     def stall_seconds(self) -> float:
         """Return for how long compute waited; waits for the device."""
         while self._pending:
-            self._pending[0][1].synchronize()
-            self._stalled += seconds_between(*self._pending.popleft())
+            for event in self._pending[0]:
+                event.synchronize()
+            self._stalled += stalled_seconds(*self._pending.popleft())
         return self._stalled
 
 

@@ -121,10 +121,9 @@ class GatherSite(Site):
                 return None
             session.escapes.refuse_gradient(self, output, args)
             indices = args[0] if args else kwargs["input"]
-            table = layer.masters[0].members[0].rest
-            rows = functional.embedding(indices.to(table.device), table)
+            rows = _rows(layer.masters[0].members[0].rest, indices, output.device)
             session.count_moved(layer, rows.nbytes)
-            return rows.to(dtype=output.dtype).to(output.device, non_blocking=True)
+            return rows.to(output.device, non_blocking=True).to(output.dtype)
         except BaseException as error:
             session.ownership.torn |= not isinstance(error, Exception)
             raise
@@ -147,6 +146,22 @@ class GatherSite(Site):
             self._row = row
         layer.stands_in = True
         member.tensor.data = row.expand(member.shape)
+
+
+def _rows(
+    table: torch.Tensor, indices: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """Look rows up on the host, for a device."""
+    wanted = indices.to(table.device)
+    if device.type == "cpu":
+        return functional.embedding(wanted, table)
+    # Page-locked: a long prompt's rows would take longer than its looking up.
+    flat = wanted.reshape(-1)
+    shape = (flat.numel(), table.shape[1])
+    with torch.inference_mode(False):
+        rows = torch.empty(shape, dtype=table.dtype, pin_memory=device.type == "cuda")
+    torch.index_select(table.detach(), 0, flat, out=rows)
+    return rows.view(*indices.shape, -1)
 
 
 def can_gather(module: nn.Module) -> bool:

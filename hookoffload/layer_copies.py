@@ -11,7 +11,7 @@ from .copy_engine import make_copy_engine
 from .device_memory import DeviceMemory
 from .layer import Layer
 from .layer_values import as_copied, fill_residence, views_in
-from .moves import Move
+from .moves import Moves
 from .order import ExecutionOrder
 from .profiler_ranges import profiler_range
 from .recorder import Recorder
@@ -148,7 +148,7 @@ class LayerCopies:
             return False  # as half of all attempts to go on with copying
         revision = layer.known_revision()  # if it is needed now, `bring` has looked
         tokens: tuple[object, ...] = ()
-        moves: Sequence[Move] | None = None
+        moves: Moves | None = None
         if not streams:
             assert layer.resident is not None
             if layer.is_filled:

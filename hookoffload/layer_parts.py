@@ -11,7 +11,7 @@ from .alignment import align
 from .layer_fp8 import kept_scale_bytes
 from .master import Master
 from .member import Member
-from .moves import Move, joined_moves
+from .moves import Moves, joined_moves
 
 
 class Piece:
@@ -88,9 +88,9 @@ class RegionViews(PlaceViews):
         super().__init__(pieces, values)
         self.targets = targets
         self._sources: list[torch.Tensor] = []
-        self._moves: list[Move] | None = None
+        self._moves: Moves | None = None
 
-    def moves(self) -> list[Move] | None:
+    def moves(self) -> Moves | None:
         """Return the copies, neighbours as one; None if not all is page-locked."""
         same = self._moves is not None
         for (master, _), source in zip_longest(self.targets, self._sources):

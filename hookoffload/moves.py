@@ -9,11 +9,12 @@ import torch
 from .alignment import ALIGNMENT
 from .master import Master
 
-Move = tuple[torch.Tensor, torch.Tensor]
+# Destinations and sources.
+Moves = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
-def joined_moves(targets: Sequence[tuple[Master, torch.Tensor]]) -> list[Move]:
-    """Return the source and the destination of each copy that a layer needs.
+def joined_moves(targets: Sequence[tuple[Master, torch.Tensor]]) -> Moves:
+    """Return the destination and the source of each copy that a layer needs.
 
     Masters that lie one behind the other, in the same distance as in the window,
     travel as one: a copy costs the host more than a small tensor
@@ -30,13 +31,14 @@ def joined_moves(targets: Sequence[tuple[Master, torch.Tensor]]) -> list[Move]:
             runs[-1].append(target)
         else:
             runs.append([target])
-    moves = []
+    destinations, sources = [], []
     for run in runs:
         first, begin = run[0]
         end = run[-1][1]
         nbytes = end.data_ptr() + end.numel() - begin.data_ptr()
-        moves.append((_longer(first.bytes, nbytes), _longer(begin, nbytes)))
-    return moves
+        destinations.append(_longer(begin, nbytes))
+        sources.append(_longer(first.bytes, nbytes))
+    return destinations, sources
 
 
 def _continues(

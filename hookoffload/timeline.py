@@ -208,7 +208,8 @@ class _Maker:
         queued = self._seconds(copy.queued, record, base)
         self._copies.append(replace(whole, queued=queued))
         self._reads += [span(*read) for read in copy.reads]
-        self._stalls += [span(*stall) for stall in copy.stalls]
+        waits = (span(*stall) for stall in copy.stalls)
+        self._stalls += [wait for wait in waits if wait.end > wait.start]
         self._moves += [span(*move) for move in copy.moves]
         if not copy.moves and not copy.reads:
             self._moves.append(whole)

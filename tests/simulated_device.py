@@ -115,6 +115,13 @@ class Simulation:
         """Make an empty tensor; there is nothing to lock pages for."""
         return torch.empty(*size, **options)
 
+    def _foreach_copy_(
+        self, targets: list[Any], sources: list[Any], non_blocking: bool = False
+    ) -> None:
+        """Copy each, as one that stands in for a tensor may do by itself."""
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source, non_blocking=non_blocking)
+
     def words(self) -> list[str]:
         """Return the first words of the log."""
         return [entry[0] for entry in self.log]

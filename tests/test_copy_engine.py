@@ -143,6 +143,23 @@ def test_a_copy_that_has_happened_is_not_waited_for(device: Simulation) -> None:
     engine.close()
 
 
+def test_a_wait_lasts_from_when_compute_comes_until_the_copy_is_ready(
+    device: Simulation,
+) -> None:
+    engine = StreamCopyEngine(CPU)
+    for late in (5.0, -3.0, 2.0):  # ms; one is ready before
+        begun = _copy(device, pinned=True)
+        engine.start(begun)
+        device.log.clear()
+        engine.wait(begun)
+        kind, before, stream = device.log[0]
+        assert (kind, stream, before.timing) == ("record", device.compute, True)
+        assert device.log[1:] == [("wait", begun.ready, device.compute)]
+        before.elapsed_time = {begun.ready: late}.__getitem__
+    assert engine.stall_seconds() == pytest.approx(0.007)
+    engine.close()
+
+
 def test_done_is_recorded_on_the_stream_that_computes(device: Simulation) -> None:
     engine = StreamCopyEngine(CPU)
     for stream in (device.compute, Stream(CPU, "another")):

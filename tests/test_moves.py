@@ -13,7 +13,6 @@ from hookoffload.layer import Layer
 from hookoffload.layer_parts import RegionViews
 from hookoffload.layer_values import views_in
 from hookoffload.master import Master
-from hookoffload.moves import Move
 from hookoffload.pinning import _move_into_slab
 from hookoffload.ring import Region
 from hookoffload.state_hooks import session_of
@@ -43,14 +42,14 @@ def _chain(*widths: int) -> nn.Sequential:
     return nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(widths)])
 
 
-def _pairs(views: RegionViews) -> list[Move]:
+def _pairs(views: RegionViews) -> list[tuple[torch.Tensor, torch.Tensor]]:
     moves = views.moves()
     assert moves is not None, "all is page-locked"
-    return moves
+    return list(zip(*moves, strict=True))
 
 
 def _perform(views: RegionViews) -> None:
-    for source, destination in _pairs(views):
+    for destination, source in _pairs(views):
         destination.copy_(source)
 
 
