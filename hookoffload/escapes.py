@@ -8,8 +8,7 @@ Whatever the forward hands out or keeps that looks at them must not be let go as
   attributes of its module: they become copies, in place;
 * a graph for backward through the layer's weights: `RuntimeError` at the output;
 * the same graph kept on the side: PyTorch asks a hook about every tensor that it saves
-  for backward. The hook belongs to the thread, from the beginning of the outermost call
-  to its end. Ctrl-C leaves it there, inert, until the next call or detach.
+  for backward (`GraphGuard`), from the beginning of the outermost call to its end.
 
 A view that is hidden elsewhere (in a global, in a container that is not among the
 inputs) escapes; poisoned memory (``OffloadPolicy(debug=True)``) shows it.
@@ -17,8 +16,6 @@ inputs) escapes; poisoned memory (``OffloadPolicy(debug=True)``) shows it.
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +25,7 @@ from torch import nn
 from .calls import CallTracker, calls_under_way
 from .containers import replace_tensors, tensors_in, tensors_within
 from .device_memory import DeviceMemory
+from .graph_guard import GraphGuard
 from .layer import Layer
 from .master import Master
 from .packed import bytes_of
@@ -58,11 +56,7 @@ class Escapes:
         self._names: dict[int, str] = {}
         # What packed tensors are made of; whoever holds one shares the master's object.
         self._parts: frozenset[int] = frozenset()
-        self._guard: torch.autograd.graph.saved_tensors_hooks | None = None
-        self._guarded: threading.Thread | None = None
-        # Guards of interrupted calls that another thread took note of: only the thread
-        # that has one on its stack can take it off.
-        self._left: list[tuple[torch.autograd.graph.saved_tensors_hooks, int]] = []
+        self._guard: GraphGuard | None = None
 
     def set_sites(self, sites: Iterable[Site], masters: Iterable[Master]) -> None:
         """Learn the names of modules, for errors, and what moves beside parameters."""
@@ -208,54 +202,34 @@ class Escapes:
         """
         if self._guard is not None:
             return
-        self.drop_left()
-        # An interrupted call leaves the hook behind: it must not keep the model.
-        escapes = weakref.ref(self)
-
-        def look(tensor: torch.Tensor) -> torch.Tensor:
-            alive = escapes()
-            return tensor if alive is None else alive._refuse_to_keep(tensor)
-
-        guard = torch.autograd.graph.saved_tensors_hooks(look, _as_it_is)
+        guard = GraphGuard(self)
         try:
-            torch.empty(0).data_ptr()  # jvp wraps all that is made inside it
-            guard.__enter__()
+            guard.enter()
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self._model_name} has offload hooks attached, which run inference: "
                 f"torch.func's grad, jvp and their kin do not go through ({error}). "
                 "Call detach(model) first"
             ) from error
-        self._guard, self._guarded = guard, threading.current_thread()
+        self._guard = guard
 
     def drop_guard(self) -> None:
-        """Undo `guard_graph`; one that another thread left stays there, inert."""
+        """Undo `guard_graph`."""
         guard, self._guard = self._guard, None
-        guarded, self._guarded = self._guarded, None
-        if guard is None or guarded is None:
-            return
-        if guarded is threading.current_thread():
-            guard.__exit__()
-        elif guarded.is_alive():
-            self._left.append((guard, guarded.ident or 0))
+        if guard is not None:
+            guard.leave()
 
-    def drop_left(self) -> None:
-        """Take off what interrupted calls left in this thread, behind others' backs."""
-        me = threading.get_ident()
-        mine = [guard for guard, thread in self._left if thread == me]
-        if mine:
-            self._left = [left for left in self._left if left[1] != me]
-        for guard in mine:
-            guard.__exit__()
+    def is_under_way(self) -> bool:
+        """Tell whether this thread is in a call that is guarded."""
+        return self._guard is not None and self._calls.runs_here()
 
-    def _refuse_to_keep(self, tensor: torch.Tensor) -> torch.Tensor:
+    def require_not_kept(self, tensor: torch.Tensor) -> None:
         """Raise if autograd keeps a streamed weight for backward."""
         memory = self._memory
         plain = tensor.device == memory.device and tensor.layout is torch.strided
         if self._calls.depth and plain and self._is_transient(tensor):
             inside = (self._names.get(id(module)) for module in calls_under_way())
             self._refuse(next((name for name in inside if name), ""))
-        return tensor
 
     def refuse_gradient(
         self, site: Site, output: torch.Tensor, args: tuple[Any, ...]
@@ -298,7 +272,3 @@ def _any_streams(layers: Iterable[Layer]) -> bool:
         ):
             return True
     return False
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

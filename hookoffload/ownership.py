@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .calls import CallTracker, calls_under_way
+from .graph_guard import take_off_left_guards
+from .probe_mode import take_off_left_modes
 
 if TYPE_CHECKING:
     from .root_hooks import RootHooks
@@ -55,6 +57,8 @@ class Ownership:
         """Get ready for calls, of the root or of a part."""
         if self.call_begun:
             return
+        take_off_left_modes()
+        take_off_left_guards()
         session = self._session
         session.store.check_unchanged()
         if session.group is not None:

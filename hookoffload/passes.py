@@ -42,7 +42,6 @@ class Passes:
         self._seen: set[int] = set()
         self._without_news = 0  # passes that asked for nothing new, one after another
         self._probe_next = True
-        self._left_probes: list[Probe] = []
         self._told_of: set[str] = set()
         self._autocast_cache = True
 
@@ -231,17 +230,11 @@ class Passes:
         self._probe_next = True
 
     def retire_probe(self) -> None:
-        """End a probe that was interrupted; it leaves the thread that it watched.
-
-        Only that thread can take it off its stack of modes: the others leave it there,
-        blind, for the next hook that runs in it.
-        """
+        """End a probe that was interrupted; see [Note: modes left behind]."""
         session = self._session
         if session.probe is not None:
-            self._left_probes.append(session.probe)
             session.probe.abandon()
             session.probe = None
-        self._left_probes = [p for p in self._left_probes if not p.has_left()]
 
     # -- reads sideways -------------------------------------------------------------
 

@@ -16,18 +16,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .budget import BudgetExceededError
 from .calls import count_calls
-from .compiling import run_uncompiled
 from .layer import Layer
+from .probe_mode import ProbeMode
 from .refusals import NotCopied
 from .torch_calls import METADATA, VIEWS, name_of, property_of
 
@@ -65,7 +63,7 @@ class _User(NotCopied):
         return kept
 
 
-class Probe(TorchFunctionMode):
+class Probe:
     """Watches one pass of one thread.
 
     Args:
@@ -79,7 +77,6 @@ class Probe(TorchFunctionMode):
     """
 
     def __init__(self, session: Session) -> None:
-        super().__init__()
         self.session = session
         self._layers: dict[int, tuple[Layer, str]] = {
             id(tensor): (layer, member.name)
@@ -94,9 +91,8 @@ class Probe(TorchFunctionMode):
         self._stack: list[tuple[str, list[Layer]]] = []
         self._aside = 0
         self._on = False  # looking
-        self._pushed = False  # on PyTorch's stack of modes
+        self._mode = ProbeMode(self)
         self._away = 0
-        self._stance: AbstractContextManager[Any] | None = None
         self.joined: list[tuple[str, str]] = []
         self.enclosing: dict[str, frozenset[str]] = {}
 
@@ -119,8 +115,7 @@ class Probe(TorchFunctionMode):
             )
         self._stack = [("", [])]
         self._aside = 0
-        self._stance = run_uncompiled(self.session.model)
-        self._push()
+        self._mode.begin(self.session.model)
         self._on = True
 
     def end(self) -> list[tuple[str, str]]:
@@ -137,11 +132,8 @@ class Probe(TorchFunctionMode):
         while self._stack:
             for layer in reversed(self._stack.pop()[1]):
                 self.session.release(layer)
-        self._pull()
         self._on = False
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        self._mode.end()
         return self.joined
 
     def abandon(self) -> None:
@@ -159,10 +151,9 @@ class Probe(TorchFunctionMode):
             return None
         return self.session.escapes.outside_window(output)
 
-    def has_left(self) -> bool:
-        """Leave the stack of modes if this thread has it; tell whether it is gone."""
-        self._pull()
-        return not self._pushed
+    def is_watching(self) -> bool:
+        """Tell whether this thread is in the pass that the probe looks at."""
+        return self._on and count_calls(self.session.model) > 0
 
     def enter(self, site: Site) -> None:
         """Note that a site's module runs."""
@@ -187,7 +178,7 @@ class Probe(TorchFunctionMode):
         atomic = id(module) in self.session.atomic
         if self._aside or atomic or isinstance(module, _STEPS_ASIDE):
             self._aside += 1
-            if self._aside == 1 and not self._pull():
+            if self._aside == 1 and not self._mode.take_off():
                 self._aside = 0
 
     def note_end(self, name: str) -> None:
@@ -199,17 +190,12 @@ class Probe(TorchFunctionMode):
         if self._aside:
             self._aside -= 1
             if not self._aside:
-                self._push()
+                self._mode.put_on()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Bind what the call uses, then make the call."""
-        kwargs = kwargs or {}
+        """Bind what a torch function uses, then call it."""
         if torch.compiler.is_compiling() or not self._on or self._away:
             return func(*args, **kwargs)  # Dynamo traces this with tensors of its own
         if not kwargs and self._layers.keys().isdisjoint(map(id, args)):
@@ -275,21 +261,6 @@ class Probe(TorchFunctionMode):
                 return any(p.master.codec.changes_dtype for p in layer.pieces)
             return attribute in VIEWS
         return name not in METADATA and name != "__set__"
-
-    def _push(self) -> None:
-        TorchFunctionMode.__enter__(self)
-        self._pushed = True
-
-    def _pull(self) -> bool:
-        """Leave PyTorch's stack of modes, if no other mode is further in."""
-        if not self._pushed or not self._is_innermost():
-            return False
-        TorchFunctionMode.__exit__(self, None, None, None)
-        self._pushed = False
-        return True
-
-    def _is_innermost(self) -> bool:
-        return torch.overrides._get_current_function_mode() is self
 
     def _inside_atomic(self, module: nn.Module) -> bool:
         return id(module) in self.session.inside_atomic

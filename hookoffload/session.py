@@ -21,6 +21,7 @@ from .edits import Edits
 from .entry_site import EntrySite
 from .escapes import Escapes
 from .gather import GatherSite
+from .graph_guard import take_off_left_guards
 from .group import Group
 from .hook_set import HookSet
 from .hooks import Site
@@ -38,6 +39,7 @@ from .passes import Passes
 from .pinning import PageLock
 from .plan import Plan
 from .probe import Probe
+from .probe_mode import take_off_left_modes
 from .rebuilding import Rebuilding
 from .recorder import Recorder
 from .refusals import NotCopied, purge_hooks
@@ -265,6 +267,8 @@ class Session(NotCopied):
 
     def _end(self) -> None:
         self.passes.retire_probe()
+        take_off_left_modes()
+        take_off_left_guards()
         self.hooks.take_off()
         self.root.remove()
         try:
@@ -283,7 +287,6 @@ class Session(NotCopied):
 
     def _let_go(self) -> None:
         """Drop everything that refers to the model; the last step of detach."""
-        self.escapes.drop_left()
         self.mover.close()
         self.state_hooks.remove()
         purge_hooks(self)  # an interrupt may have come between a hook and its handle

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,14 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 
-from hookoffload import offload_plan, offload_stats, offloaded
+from hookoffload import (
+    OffloadPolicy,
+    attach_offload_hooks,
+    detach,
+    offload_plan,
+    offload_stats,
+    offloaded,
+)
 from tests.real_models import REAL_MODELS
 from tests.samples import (
     GIB,
@@ -219,6 +228,60 @@ def test_an_exception_under_the_probe_leaves_no_mode_behind() -> None:
             run(model, torch.randn(2, 32))
             assert len(_get_current_function_mode_stack()) == 0
     assert len(_get_current_function_mode_stack()) == 0
+
+
+@pytest.mark.parametrize("then", ["call", "call of a part", "detach"])
+def test_what_an_interrupt_leaves_in_the_thread_keeps_no_model_and_goes(
+    then: str,
+) -> None:
+    other = attach_offload_hooks(Stack(), OffloadPolicy(store="disk", limit_gb=0))
+    run(other, torch.randn(2, 32))
+    interrupted = _interrupted_in_its_first_pass()
+    assert len(_get_current_function_mode_stack()) == 1
+    gc.collect()
+    assert interrupted() is None, "the mode keeps the model"
+    assert torch.equal(torch.ones(2) + 1, torch.full((2,), 2.0))
+    if then == "detach":
+        detach(other)
+    else:
+        run(other if then == "call" else other.blocks[0], torch.randn(2, 32))
+    assert len(_get_current_function_mode_stack()) == 0
+    # Nor does a hook for what is saved for backward, which torch.func refuses.
+    assert torch.func.grad(torch.sin)(torch.zeros(())) == 1
+
+
+def _interrupted_in_its_first_pass() -> weakref.ref[nn.Module]:
+    """Return a model that nobody holds any more."""
+    model = attach_offload_hooks(Stack(), OffloadPolicy(store="disk", limit_gb=0))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model.blocks[1].up.register_forward_hook(interrupt)
+    try:
+        run(model, torch.randn(2, 32))
+    except KeyboardInterrupt:
+        return weakref.ref(model)
+    raise AssertionError("it was not interrupted")
+
+
+def test_a_probe_stays_on_while_another_model_runs_inside_its_pass() -> None:
+    inner = Stack()
+    model = Stack()
+    stacks: list[int] = []
+    with offloaded(inner, store="disk", limit_gb=0):
+        for _ in range(3):
+            run(inner, torch.randn(2, 32))
+        seen = seen_inside(
+            model.blocks[1].up, lambda _: len(_get_current_function_mode_stack())
+        )
+        model.blocks[0].up.register_forward_hook(
+            lambda *_: stacks.append(run(inner, torch.randn(2, 32)).numel())
+        )
+        with offloaded(model, store="disk", limit_gb=0):
+            run(model, torch.randn(2, 32))
+    assert stacks == [64]
+    assert seen == [1]
 
 
 @ALL
