@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,7 +13,7 @@ from itertools import chain
 import torch
 
 from .assembly import Assembly, assemble, make_master, only_looked_up
-from .budget import BudgetExceededError, MemoryBudget
+from .budget import BudgetExceededError, MemoryBudget, format_gib
 from .cached_codes import CodeCache, codes_open
 from .codable import (
     can_code,
@@ -35,6 +37,8 @@ from .pass_planner import PassPlanner
 from .progress import progress_bar
 from .resolved_policy import ResolvedPolicy
 from .safetensors_file import TensorLocation
+
+logger = logging.getLogger(__name__)
 
 # Behind so many, copies in host RAM and the link are what takes the time; with fewer
 # than a few, they wait for each other, see [Note: what encoding on a device takes].
@@ -272,11 +276,13 @@ def _encode_in_threads(
     # The largest first, so that all threads end at about the same time.
     ordered = sorted(masters, key=lambda master: -master.plain_bytes)
     total = sum(master.plain_bytes for master in masters)
-    with progress_bar("encoding weights", total) as bar:
-        if threads == 1 or len(masters) == 1:
-            for master in ordered:
-                bar.update(encode(master))
-            return
-        with ThreadPoolExecutor(threads) as pool:
-            for nbytes in pool.map(encode, ordered):
-                bar.update(nbytes)
+    began = time.perf_counter()
+    with (
+        progress_bar("encoding weights", total) as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        one_by_one = threads == 1 or len(masters) == 1
+        for nbytes in map(encode, ordered) if one_by_one else pool.map(encode, ordered):
+            bar.update(nbytes)
+    seconds = time.perf_counter() - began
+    logger.info("encoded %s in %.2f s", format_gib(total), seconds)

@@ -79,6 +79,7 @@ def answer(
     """
     notes = _Notes()
     logging.getLogger("hookoffload").addHandler(notes)
+    logging.getLogger("hookoffload.coding").setLevel(logging.INFO)
     row = trial.row()
     began = time.perf_counter()
     faulthandler.enable()
@@ -187,10 +188,10 @@ def _timed(
 
 
 class _Notes(logging.Handler):
-    """Keeps the library's warnings."""
+    """Keeps the library's warnings, and how long encoding took."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
