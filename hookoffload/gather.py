@@ -117,6 +117,7 @@ class GatherSite(Site):
                 session.probe.leave(self)
             layer.masters[0].put_to_rest()
             layer.stands_in = False
+            session.mover.stand_ins.put_up(layer)
             if not isinstance(output, torch.Tensor):
                 return None
             session.escapes.refuse_gradient(self, output, args)
@@ -135,6 +136,7 @@ class GatherSite(Site):
         """Point the weight at one row of zeros on the compute device."""
         session = self.session
         session.ownership.begin_outermost_call()
+        session.mover.stand_ins.drop(layer)
         layer.revision()
         member = layer.masters[0].members[0]
         dtype = layer.masters[0].codec.compute

@@ -43,6 +43,7 @@ class Layer:
     __slots__ = (
         "_device",
         "_members",
+        "asked",
         "away",
         "bound",
         "can_stay",
@@ -60,6 +61,7 @@ class Layer:
         "masters",
         "name",
         "pieces",
+        "poses",
         "region",
         "resident",
         "resident_bytes",
@@ -97,6 +99,8 @@ class Layer:
         self.keeps_code = False  # the residence holds what was copied, coded
         self.stays_bound = False  # resident without a cast: bound between passes too
         self.stands_in = False  # an embedding's weight is a stand-in for its table
+        self.asked: list[tuple[Master, Member]] = []  # for their device, while at rest
+        self.poses = False  # these are up, see [Note: stand-ins]
         self.copy: Copy | None = None
         self.copied_revision = -1  # of the bytes in the region or the residence
         self.region: Region | None = None

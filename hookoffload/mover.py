@@ -15,6 +15,7 @@ from .order import ExecutionOrder
 from .plan import Plan
 from .profiler_ranges import LayerRanges
 from .recorder import Recorder
+from .stand_ins import StandIns
 
 
 class LayerMover:
@@ -35,6 +36,7 @@ class LayerMover:
         self.engine = self.copies.engine
         self.window = self.copies.window
         self.counters = self.copies.counters
+        self.stand_ins = StandIns(device)
         self.layers: Sequence[Layer] = ()
         self.plan: Plan | None = None
         self.on_evict: Callable[[Layer], None] | None = None
@@ -60,6 +62,7 @@ class LayerMover:
     def set_layers(self, layers: Sequence[Layer], predicted: Sequence[int]) -> None:
         """Take other layers; those before must have been dropped."""
         self.layers = layers
+        self.stand_ins.set_layers(layers)
         names = [layer.name for layer in layers]
         self.copies.set_layers(layers, ExecutionOrder(predicted, names))
         self.plan = None
@@ -153,6 +156,7 @@ class LayerMover:
         self.order.visit(layer.index)
         if not layer.stays_bound and layer.pieces:
             layer.away = True  # first: an interrupt leaves some members bound
+            self.stand_ins.drop(layer)
             self.copies.bring(layer, aside=aside)
             self._take_scratch(layer)
             self.copies.fill(layer)
@@ -221,6 +225,7 @@ class LayerMover:
         self.window.release_scratch(layer)
         self.window.release(layer)
         layer.away = False
+        self.stand_ins.put_up(layer)
 
     # -- giving up ------------------------------------------------------------------
 
@@ -275,7 +280,7 @@ class LayerMover:
             if layer.write_back():
                 self.evict(layer)  # it may have been given other data than its blocks
                 self.plan = None  # so that the next pass makes it resident again
-        elif not layer.bound and not layer.stands_in:
+        elif not (layer.bound or layer.stands_in or layer.poses):
             for master in layer.masters:
                 master.reconcile(lenient=True)
 
@@ -286,6 +291,7 @@ class LayerMover:
         bound at that moment counts as released.
         """
         self.plan = None  # first: what an interrupt leaves half done is done again
+        self.stand_ins.end()
         self._ranges.forget()
         self.copies.stop()
         for layer in self.layers:

@@ -74,6 +74,7 @@ class Ownership:
         self.call_begun = False
         session = self._session
         session.escapes.drop_guard()
+        session.mover.stand_ins.end()
         session.always.leave(training=session.model.training)
 
     # -- by hand --------------------------------------------------------------------

@@ -100,6 +100,7 @@ class Passes:
         if torch.is_autocast_enabled(session.policy.compute_device.type):
             # It would keep a cast copy of every weight, beyond any limit.
             torch.set_autocast_cache_enabled(False)
+        session.mover.stand_ins.begin()
         session.meter.begin()
         if session.probe is not None:
             session.probe.begin()
@@ -118,9 +119,11 @@ class Passes:
             session.group.note(session, name)
         size = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
         self._take(session.planner.for_pass(size, probing=False, entry=name))
+        session.mover.stand_ins.begin()
 
     def end_part(self, output: object, *, complete: bool) -> None:
         """Account for the call of a part that has ended."""
+        self._session.mover.stand_ins.end()
         self._account(output, complete=complete)
 
     def _account(self, output: object, *, complete: bool) -> None:
@@ -132,6 +135,7 @@ class Passes:
     def end(self, output: object, *, complete: bool) -> None:
         """Account for the forward that has ended."""
         session = self._session
+        session.mover.stand_ins.end()
         session.meter.end(complete=complete)
         joined: list[tuple[str, str]] = []
         enclosing: Mapping[str, frozenset[str]] = {}

@@ -27,6 +27,7 @@ from .calls import count_calls
 from .layer import Layer
 from .probe_mode import ProbeMode
 from .refusals import NotCopied
+from .stand_ins import PLACES
 from .torch_calls import METADATA, VIEWS, name_of, property_of
 
 if TYPE_CHECKING:
@@ -231,7 +232,10 @@ class Probe:
                 found = self._layers.get(id(value))
                 if found is None or found[0].bound or found[0].stands_in:
                     continue
-                self._use(func, *found, bound)
+                if (property_of(func) or name_of(func)) in PLACES:
+                    self.session.mover.stand_ins.note(found[0], value)
+                else:
+                    self._use(func, *found, bound)
             elif isinstance(value, list | tuple):
                 self._look(func, value, bound)
 

@@ -92,6 +92,7 @@ class StateHooks(NotCopied):
                 session.ownership.require_no_call("load_state_dict")
                 session.placement.rest_everything()
             elif not inner:
+                session.mover.stand_ins.end()
                 calls = session.calls
                 inside = calls.runs_here() or calls.is_guest
                 if calls.depth > 1 and not inside:

@@ -1,0 +1,111 @@
+"""What says for a tensor at rest that it is on the compute device, if a model asks.
+
+[Note: stand-ins]
+``torch.arange(n, device=self.child.weight.device)`` and ``mask.to(self.device)`` ask a
+tensor for its device outside its layer's forward, where it rests in host RAM, and what
+the model makes of the answer does not go together with what it computes. The probe sees
+who is asked. From then on, from the beginning of the outermost call to its end, such a
+tensor that is not bound is one element on the compute device, expanded to the shape,
+in the dtype that it has in its forward. The element is NaN, and PyTorch refuses to
+write to an expanded one: what a model reads there on a path that no probe saw, it
+cannot take for a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .codec import is_movable
+from .layer import Layer
+from .master import Master
+from .member import Member, rest_members
+
+PLACES = frozenset({"device", "is_cuda", "is_cpu", "is_xpu", "is_mps", "get_device"})
+
+
+class StandIns:
+    """Has tensors at rest stand in for themselves while the model runs.
+
+    Args:
+        device: the compute device.
+    """
+
+    __slots__ = ("_active", "_device", "_elements", "_layers", "_names")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._elements: dict[torch.dtype, torch.Tensor] = {}
+        self._names: set[str] = set()  # of tensors; they outlive the layers
+        self._layers: Sequence[Layer] = ()
+        self._active = False
+
+    def set_layers(self, layers: Sequence[Layer]) -> None:
+        """Take other layers, all of which rest."""
+        self._layers = layers
+        self._elements = {}
+        for layer in layers:
+            layer.asked = [
+                (master, member)
+                for master in layer.masters
+                for member in master.members
+                if member.name in self._names
+            ]
+
+    def note(self, layer: Layer, tensor: torch.Tensor) -> None:
+        """Learn that a model asks a tensor at rest where it is."""
+        for master in layer.masters:
+            for member in master.members:
+                if member.tensor is not tensor or not self._can_stand_in(member):
+                    continue
+                if member.name not in self._names:
+                    self._names.add(member.name)
+                    self.drop(layer)
+                    layer.asked = [*layer.asked, (master, member)]
+                self.put_up(layer)
+
+    def begin(self) -> None:
+        """Put up those of all layers that are not bound: the model runs."""
+        self._active = True
+        if self._names:
+            for layer in self._layers:
+                self.put_up(layer)
+
+    def end(self) -> None:
+        """Have all tensors be what they are at rest."""
+        if self._active:
+            self._active = False
+            for layer in self._layers:
+                self.drop(layer)
+
+    def put_up(self, layer: Layer) -> None:
+        """Put up those of one layer, unless it is bound or the model does not run."""
+        if not layer.asked or not self._active or layer.poses or layer.stands_in:
+            return
+        if layer.bound or layer.away or layer.stays_bound:
+            return
+        layer.poses = True  # first: an interrupt leaves some of them up
+        with torch.inference_mode(False):
+            for master, member in layer.asked:
+                member.set_data(self._one_element(master, member))
+
+    def drop(self, layer: Layer) -> None:
+        """Have those of one layer be what they are at rest."""
+        if layer.poses:
+            rest_members(member for _, member in layer.asked)
+            layer.poses = False
+
+    def _can_stand_in(self, member: Member) -> bool:
+        tensor = member.tensor
+        plain = not member.is_packed and is_movable(tensor)
+        elsewhere = member.rest.device.type != self._device.type
+        return plain and elsewhere and tensor.dtype.is_floating_point
+
+    def _one_element(self, master: Master, member: Member) -> torch.Tensor:
+        dtype = master.codec.value_dtype if member.castable else member.dtype
+        element = self._elements.get(dtype)
+        if element is None:
+            element = torch.full((), torch.nan, dtype=dtype, device=self._device)
+            self._elements[dtype] = element
+        return element.expand(member.shape)

@@ -1,0 +1,230 @@
+"""Models that ask a weight at rest which device it is on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hookoffload import (
+    OffloadPolicy,
+    attach_offload_hooks,
+    detach,
+    offloaded,
+    set_limit,
+)
+from hookoffload.stand_ins import StandIns
+from tests.samples import run, same_bits
+
+WIDTH = 128
+
+
+class Asks(nn.Module):
+    """Asks for devices as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(3000, WIDTH)
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.places = nn.Embedding(64, WIDTH)
+        self.sideways = nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.fail = False
+        self.saved: dict[str, torch.Tensor] | None = None
+        self.seen: list[torch.device] = []
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        device = self.device
+        x = self.words(ids)
+        x = x.to(self.device) + self.first(x)
+        positions = torch.arange(ids.shape[1], device=self.places.weight.device)
+        x = x + self.places(positions)
+        kept = torch.ones(WIDTH, dtype=x.dtype, device=self.last.weight.device)
+        x = x * kept + functional.linear(x, self.sideways.weight.to(x.dtype))
+        x = x + torch.ones((), dtype=x.dtype, device=self.sideways.weight.device)
+        if self.fail:
+            raise RuntimeError("as asked")
+        if self.saved is not None:
+            self.saved = {k: v.clone() for k, v in self.state_dict().items()}
+        self.seen += [device, self.device, self.last.weight.device]
+        return self.last(x)
+
+
+class Decoder(nn.Module):
+    """Has a part that a pipeline calls by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Asks()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.part(ids)
+
+
+CPU = pytest.param("cpu", id="as if RAM were another device")
+GPU = pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)
+DEVICES = pytest.mark.parametrize("device", [CPU, GPU])
+
+
+@pytest.fixture
+def fields(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    if device == "cpu":
+        monkeypatch.setattr(StandIns, "_can_stand_in", lambda *_: True)
+    yield {"limit_gb": 0, "compute_device": device, "store": "disk"}
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.arange(16).view(2, 8)
+
+
+def _plain(model: nn.Module, ids: torch.Tensor, device: str) -> torch.Tensor:
+    return run(copy.deepcopy(model).to(device), ids.to(device))
+
+
+@DEVICES
+@pytest.mark.parametrize("limit", [0, 0.002, None])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_it_is_told_the_compute_device_and_computes_the_same(
+    device: str,
+    fields: dict[str, Any],
+    ids: torch.Tensor,
+    limit: float | None,
+    dtype: torch.dtype | None,
+) -> None:
+    torch.manual_seed(0)
+    model = Asks().to(dtype=dtype or torch.float32)
+    wanted = _plain(model, ids, device)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with offloaded(model, **{**fields, "limit_gb": limit}):
+        for _ in range(4):
+            assert same_bits(run(model, ids.to(device)), wanted)
+            after = model.state_dict()
+            assert all(same_bits(after[name], before[name]) for name in before)
+    assert {seen.type for seen in model.seen} == {device}
+    after = model.state_dict()
+    assert all(same_bits(after[name], before[name]) for name in before)
+
+
+@DEVICES
+def test_a_cast_weight_says_the_dtype_that_it_computes_in(
+    device: str, fields: dict[str, Any], ids: torch.Tensor
+) -> None:
+    model = Asks()
+    wanted = _plain(model.to(torch.bfloat16), ids, device)
+    with offloaded(model, **fields, compute_dtype=torch.bfloat16):
+        for _ in range(3):
+            assert same_bits(run(model, ids.to(device)), wanted)
+
+
+@DEVICES
+def test_a_part_that_is_called_by_itself_is_told_so_too(
+    device: str, fields: dict[str, Any], ids: torch.Tensor
+) -> None:
+    model = Decoder()
+    wanted = _plain(model, ids, device)
+    with offloaded(model, **fields):
+        for called in (model, model.part, model, model.part):
+            assert same_bits(run(called, ids.to(device)), wanted)
+            assert not any(p.isnan().any() for p in model.parameters())
+
+
+@DEVICES
+def test_an_exception_leaves_no_stand_in(
+    device: str, fields: dict[str, Any], ids: torch.Tensor
+) -> None:
+    model = Asks()
+    wanted = _plain(model, ids, device)
+    with offloaded(model, **fields):
+        for fail in (True, True, False, False, True, False):
+            model.fail = fail
+            if fail:
+                with pytest.raises(RuntimeError, match="as asked"):
+                    run(model, ids.to(device))
+            else:
+                assert same_bits(run(model, ids.to(device)), wanted)
+            assert not any(p.isnan().any() for p in model.parameters())
+
+
+@DEVICES
+@pytest.mark.parametrize("then", ["call", "detach"])
+def test_an_interrupt_leaves_no_stand_in(
+    device: str, fields: dict[str, Any], ids: torch.Tensor, then: str
+) -> None:
+    model = Asks()
+    wanted = _plain(model, ids, device)
+    attach_offload_hooks(model, OffloadPolicy(**fields))
+    run(model, ids.to(device))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.first.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, ids.to(device))
+    handle.remove()
+    if then == "call":
+        assert same_bits(run(model, ids.to(device)), wanted)
+    detach(model)
+    assert same_bits(_plain(model, ids, device), wanted)
+
+
+@DEVICES
+def test_what_is_saved_inside_a_forward_are_the_weights(
+    device: str, fields: dict[str, Any], ids: torch.Tensor
+) -> None:
+    model = Asks()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with offloaded(model, **fields):
+        run(model, ids.to(device))
+        model.saved = {}
+        run(model, ids.to(device))
+        saved, model.saved = model.saved, None
+        assert saved.keys() == before.keys()
+        assert all(same_bits(saved[name].cpu(), before[name]) for name in before)
+
+
+@DEVICES
+def test_edits_and_other_limits_between_forwards_are_seen(
+    device: str, fields: dict[str, Any], ids: torch.Tensor
+) -> None:
+    model = Asks()
+    with offloaded(model, **fields):
+        run(model, ids.to(device))
+        for limit in (0.002, None, 0):
+            with torch.no_grad():
+                model.last.weight.mul_(1.5)
+                model.words.weight.add_(0.25)
+            wanted = _plain(_copy(model), ids, device)
+            set_limit(model, limit)
+            for _ in range(3):
+                assert same_bits(run(model, ids.to(device)), wanted)
+
+
+def _copy(model: Asks) -> Asks:
+    twin = Asks()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_where_weights_rest_on_the_compute_device_nothing_stands_in(
+    ids: torch.Tensor,
+) -> None:
+    model = Asks()
+    lies: list[tuple[int, ...]] = []
+    model.first.register_forward_pre_hook(
+        lambda *_: lies.append(model.last.weight.stride())
+    )
+    with offloaded(model, limit_gb=0, compute_device="cpu", store="disk"):
+        for _ in range(3):
+            run(model, ids)
+    assert lies == [(WIDTH, 1)] * 3
