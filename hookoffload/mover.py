@@ -280,7 +280,7 @@ class LayerMover:
             if layer.write_back():
                 self.evict(layer)  # it may have been given other data than its blocks
                 self.plan = None  # so that the next pass makes it resident again
-        elif not (layer.bound or layer.stands_in or layer.poses):
+        elif not layer.bound and not layer.stands_in:
             for master in layer.masters:
                 master.reconcile(lenient=True)
 

