@@ -215,12 +215,24 @@ class Probe:
             self._release(bound)
             raise
         in_place = any(result is value for value in args)
-        if bound and not in_place and self.session.escapes.in_window(result):
-            # A view of the weight: it may be used until the module has ended.
+        is_view = not in_place and bound and self.session.escapes.in_window(result)
+        if _sets_data(func):
+            self._note_other_data(args[0])
+        if is_view or _sets_data(func):
+            # A view of the weight, or other data that it has in this forward: either
+            # may be used until the module has ended.
             self._stack[-1][1].extend(bound)
         else:
             self._release(bound)
         return result
+
+    def _note_other_data(self, tensor: torch.Tensor) -> None:
+        """Let a tensor that forwards give other data never stay bound behind them."""
+        found = self._layers.get(id(tensor))
+        for master in () if found is None else found[0].masters:
+            for member in master.members:
+                if member.tensor is tensor:
+                    member.stays = False
 
     def _release(self, layers: list[Layer]) -> None:
         for layer in reversed(layers):
@@ -264,10 +276,14 @@ class Probe:
             if attribute == "dtype":
                 return any(p.master.codec.changes_dtype for p in layer.pieces)
             return attribute in VIEWS
-        return name not in METADATA and name != "__set__"
+        return name not in METADATA and (name != "__set__" or _sets_data(func))
 
     def _inside_atomic(self, module: nn.Module) -> bool:
         return id(module) in self.session.inside_atomic
+
+
+def _sets_data(func: Callable[..., Any]) -> bool:
+    return name_of(func) == "__set__" and property_of(func) == "data"
 
 
 def hint_at_sideways_reads(error: BaseException) -> None:

@@ -37,6 +37,7 @@ from tests.samples import (
 )
 
 ALL = pytest.mark.parametrize("fields", STREAMING.values(), ids=STREAMING)
+GPU_TOO = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 WIDTH = 16
 Use = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
@@ -282,6 +283,39 @@ def test_a_probe_stays_on_while_another_model_runs_inside_its_pass() -> None:
             run(model, torch.randn(2, 32))
     assert stacks == [64]
     assert seen == [1]
+
+
+class _Router(nn.Module):
+    """Casts its child in each forward, as Switch Transformers' does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(WIDTH, WIDTH)
+        self.child = nn.Linear(WIDTH, WIDTH)
+        self.after = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x)
+        self.child = self.child.to(torch.float32)
+        return self.after(self.child(x.float()).to(x.dtype))
+
+
+@pytest.mark.parametrize("limit", [0, 0.0001, None])
+@pytest.mark.parametrize("device", GPU_TOO)
+def test_a_module_that_its_user_casts_computes_so_and_keeps_its_dtype(
+    limit: float | None, device: str
+) -> None:
+    model = _Router().to(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(2, WIDTH).to(device, torch.bfloat16)
+    expected = run(copy.deepcopy(model).to(device), x)
+    objects = dict(model.named_parameters())
+    with offloaded(model, store="disk", limit_gb=limit, compute_device=device):
+        for _ in range(4):
+            assert same_bits(run(model, x), expected)
+    after = model.state_dict()
+    assert all(same_bits(after[name], before[name]) for name in before)
+    assert all(p is objects[name] for name, p in model.named_parameters())
 
 
 @ALL
