@@ -4,10 +4,11 @@
 decoding. Whether that pays depends on how long a model computes, which only a run of it
 tells. So layers that lie in RAM are attached as they are, and nothing is encoded for
 layers that stay on the device, or for a model that computes longer than its copies
-take. One pass is measured, the third one with the same residents: how long it took,
-and how long of that it waited for copies. Where it waited, the link was busy all the
-time or the window too small. How fast the link and the decoder are is measured then,
-and the cost model says which share of the streamed bytes should be coded: so many that
+take. Passes with the same residents are measured, from the second one on, until they
+get no faster: how long the fastest took, and how long of that it waited for copies.
+Where it waited, the link was busy all the time or the window too small. How fast the
+link and the decoder are is measured then, and the cost model says which share of the
+streamed bytes should be coded: so many that
 copies take no longer than computing and decoding. If they do with all of them coded,
 so many of the residents are coded, too, that make room for others: see
 [Note: residents that are kept coded]. They are encoded before the next pass begins,

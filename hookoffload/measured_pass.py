@@ -13,10 +13,12 @@ from .mover import LayerMover
 from .plan import Plan
 from .resolved_policy import ResolvedPolicy
 
-# Passes with a plan before one is measured: the first brings in what stays, and in the
-# second much is done for the first time (views of places, launches), which would look
-# like compute.
-_UNSETTLED_PASSES = 2
+# Passes with a plan before one is measured: the first brings in what stays.
+_UNSETTLED_PASSES = 1
+# In the next ones much is done for the first time (views of places, launches), and
+# something else may keep a machine busy: both look like compute. So another pass is
+# measured for as long as each takes less than this part of the fastest before.
+_STILL_FASTER, _MOST_PASSES = 0.95, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,9 @@ class PassMeter:
     __slots__ = (
         "_auto",
         "_begun",
+        "_count",
         "_ended",
+        "_fastest",
         "_known",
         "_mover",
         "_passes",
@@ -119,6 +123,8 @@ class PassMeter:
         self._plan: Plan | None = None  # of the pass before
         self._passes = 0  # with that plan, before the one that runs
         self._known: Plan | None = None  # what was measured
+        self._count = 0  # measured with that plan
+        self._fastest: MeasuredPass | None = None  # of these
         self._stalled = 0.0
         self._begun: float | torch.Event | None = None
         self._ended: float | torch.Event | None = None
@@ -130,6 +136,8 @@ class PassMeter:
         before, plan = self._plan, self._mover.plan
         self._plan, self._begun, self._ended = plan, None, None
         self._passes = self._passes + 1 if plan is before else 0
+        if plan is not before:
+            self._count, self._fastest = 0, None
         if plan is None or plan is self._known or self._passes < _UNSETTLED_PASSES:
             return
         if not self._auto and not plan.kept_coded:
@@ -150,7 +158,7 @@ class PassMeter:
             self._ended = self._mark() if complete else None
 
     def take(self) -> MeasuredPass | None:
-        """Return what was measured and is not yet known, None without.
+        """Return the fastest pass that was measured, once others are no faster.
 
         What was measured is of the plan that the device still follows.
         """
@@ -158,7 +166,6 @@ class PassMeter:
         self._begun = self._ended = None
         if begun is None or ended is None or plan is not self._mover.plan:
             return None
-        self._known = plan
         if isinstance(begun, float) or isinstance(ended, float):
             assert isinstance(begun, float) and isinstance(ended, float)
             seconds = ended - begun
@@ -166,7 +173,15 @@ class PassMeter:
             ended.synchronize()
             seconds = begun.elapsed_time(ended) / 1e3
         stalled = self._mover.engine.stall_seconds() - self._stalled
-        return MeasuredPass(seconds=seconds, stalled_seconds=min(stalled, seconds))
+        measured = MeasuredPass(seconds=seconds, stalled_seconds=min(stalled, seconds))
+        fastest, self._count = self._fastest, self._count + 1
+        if fastest is None or seconds < fastest.seconds:
+            self._fastest = measured
+        settled = fastest is not None and seconds >= _STILL_FASTER * fastest.seconds
+        if not settled and self._count < _MOST_PASSES:
+            return None
+        self._known = plan
+        return self._fastest
 
     def _mark(self) -> float | torch.Event:
         device = self._mover.memory.device

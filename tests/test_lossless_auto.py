@@ -59,6 +59,7 @@ def measures(
         taken.append(MeasuredPass(seconds=1.0, stalled_seconds=stalled))
         return taken[-1]
 
+    monkeypatch.setattr(measured_pass, "_STILL_FASTER", 0.0)  # two are enough
     monkeypatch.setattr(PassMeter, "take", measured)
     monkeypatch.setattr(MeasuredPass, "share_to_code", lambda *_, **__: share)
     return taken
@@ -276,8 +277,17 @@ def test_what_waits_on_disk_by_another_host_limit_is_not_coded(
     assert stats.decoded_bytes == 0 and stats.disk_bytes > 5 * LAYER_BYTES
 
 
-def test_the_third_pass_with_a_plan_is_measured(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("seconds", "decides", "by"),
+    [
+        ([9.0, 1.0, 1.0], 2, 1.0),
+        ([9.0, 1.0, 9.0], 2, 1.0),
+        ([9.0, 0.5, 0.4, 0.3, 0.31, 9.0], 4, 0.3),
+        ([9.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.01], 5, 0.1),
+    ],
+)
+def test_passes_with_a_plan_are_measured_until_one_is_no_faster(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float], decides: int, by: float
 ) -> None:
     monkeypatch.setattr(measured_pass, "has_link", lambda _policy: True)
     memory = SimpleNamespace(device=torch.device("cpu"))
@@ -286,10 +296,15 @@ def test_the_third_pass_with_a_plan_is_measured(
     mover: Any = SimpleNamespace(plan=None, memory=memory, engine=engine)
     policy: Any = SimpleNamespace(codec="auto")
     meter = PassMeter(policy, mover)
-    measured = []
-    for plan in (plans[0], *[plans[1]] * 5):
-        mover.plan = plan
+    clock = [0.0]
+    monkeypatch.setattr(measured_pass.time, "perf_counter", lambda: clock[0])
+    decided = {}
+    for number, taken in enumerate([1.0, *seconds], start=-1):
+        mover.plan = plans[number >= 0]
         meter.begin()
+        clock[0] += taken
         meter.end(complete=True)
-        measured.append(meter.take() is not None)
-    assert measured == [False, False, False, True, False, False]
+        measured = meter.take()
+        if measured is not None:
+            decided[number] = measured.seconds
+    assert decided == {decides: pytest.approx(by)}
