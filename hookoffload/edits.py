@@ -70,7 +70,10 @@ class Edits:
         if not session.policy.waits_where_it_rests:
             session.placement.onloaded = False
         session.page_lock.lock(session.store.masters)
+        session.always.release()
         session.placement.adopt_buffers()
+        if session.placement.onloaded:
+            session.always.onload()
         self.parted = []
 
     def take_over_untied(self) -> bool:

@@ -33,6 +33,11 @@ class LayerState(enum.Enum):
     COMPUTATION = enum.auto()
 
 
+def is_readable(master: Master, device: torch.device) -> bool:
+    """Tell whether a device computes with a master where that waits."""
+    return device.type == "cpu" and not master.on_disk
+
+
 class Layer:
     """The unit that moves: a module's name and the masters that it brings along.
 
@@ -138,7 +143,7 @@ class Layer:
         self.can_stay = may_stay
         for master in self.masters:
             codec = master.codec
-            readable = device.type == "cpu" and not master.on_disk
+            readable = is_readable(master, device)
             if readable and not codec.casts_streamed:
                 continue
             piece = Piece(master)

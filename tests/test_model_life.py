@@ -961,3 +961,48 @@ def test_write_to_a_buffer_at_rest_reaches_the_copy_that_forwards_use() -> None:
     assert_same(model.running_mean, torch.full((4,), 3.0))
     always.release()
     assert_same(model.running_mean, torch.full((4,), 3.0))
+
+
+class _Replaces(nn.Module):
+    """Replaces a child in its first forward, as BigBird does; it has a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.arange(8))
+        self.child: nn.Module = nn.Linear(8, 8)
+        self.calls = 0
+        self.lay: list[tuple[str, int]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 1:
+            self.child = nn.Sequential(self.child)
+        self.lay.append((self.places.device.type, self.places.data_ptr()))
+        return self.child(x) + self.places
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", id="as if RAM were another device"),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("edit", ["a child is replaced", "assign=True"])
+def test_buffers_are_on_the_compute_device_behind_an_edit(
+    device: str, edit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hookoffload.layer.is_readable", lambda *_: False)
+    model = _Replaces()
+    x = torch.randn(2, 8, device=device)
+    wanted = run(copy.deepcopy(model).to(device), x)
+    model.calls = 0 if edit == "a child is replaced" else 1
+    rests = model.places.data_ptr()
+    with offloaded(model, limit_gb=0, compute_device=device):
+        for _ in range(4):
+            if edit == "assign=True":
+                state = {k: v.clone() for k, v in model.state_dict().items()}
+                model.load_state_dict(state, assign=True)
+                rests = state["places"].data_ptr()
+            assert_same(run(model, x), wanted)
+            assert model.lay[-1][0] == device and model.lay[-1][1] != rests
