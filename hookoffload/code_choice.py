@@ -193,6 +193,7 @@ def _code_more(
         return
     session.page_lock.unlock_coded(master for master, _ in made)
     session.page_lock.lock(session.store.masters)
+    session.collect_garbage()  # the layers of before
     session.planner.weigh_codes(rates)
 
 

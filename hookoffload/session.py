@@ -254,11 +254,16 @@ class Session(NotCopied):
             self.take_stock()
             self.state_hooks.register()
             logger.info("attached %s: %r", type(self.model).__name__, self.plan)
-            if policy.compute_device.type != "cpu" and len(self.masters) >= _MANY:
-                gc.collect()
+            self.collect_garbage()
         except BaseException:
             self.end()
             raise
+
+    def collect_garbage(self) -> None:
+        """Look for garbage now, if a GPU would wait for that in a forward."""
+        on_cpu = self.policy.compute_device.type == "cpu"
+        if not on_cpu and len(self.masters) >= _MANY:
+            gc.collect()
 
     def end(self) -> None:
         """Take the hooks off and give the model back as it was."""
