@@ -14,8 +14,11 @@ bits. The probe steps aside inside those, and inside atomic layers.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +36,9 @@ from .torch_calls import METADATA, VIEWS, name_of, property_of
 if TYPE_CHECKING:
     from .hooks import Site
     from .session import Session
+
+_OURS = str(Path(__file__).parent)
+_MODE = str(Path(__file__).with_name("probe_mode.py"))
 
 # In what PyTorch says when tensors do not go together.
 _MISMATCHES = ("same device", "same dtype", "dtype", "scalar type", "devices")
@@ -205,6 +211,9 @@ class Probe:
                     break
             else:  # most calls: nothing that is managed, nowhere to look for it
                 return func(*args)
+        if _is_called_by_library():
+            return func(*args, **kwargs)
+        sets_data = _sets_data(func)
         bound: list[Layer] = []
         try:
             self._look(func, args, bound)
@@ -216,9 +225,9 @@ class Probe:
             raise
         in_place = any(result is value for value in args)
         is_view = not in_place and bound and self.session.escapes.in_window(result)
-        if _sets_data(func):
+        if sets_data:
             self._note_other_data(args[0])
-        if is_view or _sets_data(func):
+        if is_view or sets_data:
             # A view of the weight, or other data that it has in this forward: either
             # may be used until the module has ended.
             self._stack[-1][1].extend(bound)
@@ -284,6 +293,14 @@ class Probe:
 
 def _sets_data(func: Callable[..., Any]) -> bool:
     return name_of(func) == "__set__" and property_of(func) == "data"
+
+
+def _is_called_by_library() -> bool:
+    """Tell whether the torch function that the probe sees is not the model's doing."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename in (__file__, _MODE):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(_OURS)
 
 
 def hint_at_sideways_reads(error: BaseException) -> None:

@@ -144,9 +144,10 @@ def test_a_cast_weight_says_the_dtype_that_it_computes_in(
 ) -> None:
     model = Asks()
     wanted = _plain(model.to(torch.bfloat16), ids, device)
-    dtypes = []
+    dtypes, stood = [], []
 
     def look(*_: object) -> None:
+        stood.append(_stands_in(model.words))  # rows of it are looked up in the master
         with torch._C.DisableTorchFunction():
             dtypes.append(model.last.weight.dtype)
 
@@ -154,6 +155,7 @@ def test_a_cast_weight_says_the_dtype_that_it_computes_in(
     with offloaded(model.to(torch.float32), **fields, compute_dtype=torch.bfloat16):
         for _ in range(3):
             assert same_bits(run(model, ids.to(device)), wanted)
+    assert stood == [True] * 3
     assert dtypes[1:] == [torch.bfloat16] * 2  # asked at the end of the first
 
 
