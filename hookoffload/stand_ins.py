@@ -38,20 +38,20 @@ class StandIns:
         self._device = device
         self._elements: dict[torch.dtype, torch.Tensor] = {}
         self._names: set[str] = set()  # of tensors; they outlive the layers
-        self._layers: Sequence[Layer] = ()
+        self._layers: list[Layer] = []  # that have some
         self._active = False
 
     def set_layers(self, layers: Sequence[Layer]) -> None:
         """Take other layers, all of which rest."""
-        self._layers = layers
         self._elements = {}
-        for layer in layers:
+        for layer in layers if self._names else ():
             layer.asked = [
                 (master, member)
                 for master in layer.masters
                 for member in master.members
                 if member.name in self._names
             ]
+        self._layers = [layer for layer in layers if layer.asked]
 
     def note(self, layer: Layer, tensor: torch.Tensor) -> None:
         """Learn that a model asks a tensor at rest where it is."""
@@ -62,22 +62,22 @@ class StandIns:
                 if member.name not in self._names:
                     self._names.add(member.name)
                     self.drop(layer)
+                    if not layer.asked:
+                        self._layers.append(layer)
                     layer.asked = [*layer.asked, (master, member)]
                 self.put_up(layer)
 
     def begin(self) -> None:
         """Put up those of all layers that are not bound: the model runs."""
         self._active = True
-        if self._names:
-            for layer in self._layers:
-                self.put_up(layer)
+        for layer in self._layers:
+            self.put_up(layer)
 
     def end(self) -> None:
         """Have all tensors be what they are at rest."""
-        if self._active:
-            self._active = False
-            for layer in self._layers:
-                self.drop(layer)
+        self._active = False
+        for layer in self._layers:
+            self.drop(layer)
 
     def put_up(self, layer: Layer) -> None:
         """Put up those of one layer, unless it is bound or the model does not run."""
