@@ -25,6 +25,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import multiprocessing.pool
+import os
 import queue
 import sys
 import threading
@@ -51,7 +52,7 @@ _WAITS = (
     str(Path(concurrent.futures.__file__).parent),
     str(Path(multiprocessing.pool.__file__).parent),
 )
-_OURS = str(Path(__file__).parent)
+_OURS = str(Path(__file__).parent) + os.sep
 
 _LOOK_SECONDS = 0.01  # how often a waiting thread looks what the owner does
 _LOOKS_BEFORE_WARNING = 3000

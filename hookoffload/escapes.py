@@ -30,6 +30,7 @@ from .layer import Layer
 from .master import Master
 from .packed import bytes_of
 from .refusals import require_no_group_offloading
+from .stand_ins import StandIns
 
 if TYPE_CHECKING:
     from .hooks import Site
@@ -45,12 +46,18 @@ class Escapes:
         model: the root module.
         memory: the compute device's.
         calls: who is inside the model.
+        stand_ins: those for its tensors at rest.
     """
 
     def __init__(
-        self, model: nn.Module, memory: DeviceMemory, calls: CallTracker
+        self,
+        model: nn.Module,
+        memory: DeviceMemory,
+        calls: CallTracker,
+        stand_ins: StandIns,
     ) -> None:
         self._memory = memory
+        self._stand_ins = stand_ins
         self._calls = calls
         self._model_name = type(model).__name__
         self._names: dict[int, str] = {}
@@ -166,7 +173,7 @@ class Escapes:
         """
         managed = isinstance(tensor, nn.Parameter) or id(tensor) in self._parts
         if managed and tensor.device == self._memory.device:
-            return True
+            return not self._stand_ins.holds(tensor)  # what is at rest goes as it is
         return self._is_view(tensor)
 
     def _is_view(self, tensor: torch.Tensor) -> bool:

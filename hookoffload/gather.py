@@ -163,7 +163,7 @@ def _rows(
     with torch.inference_mode(False):
         rows = torch.empty(shape, dtype=table.dtype, pin_memory=device.type == "cuda")
     torch.index_select(table.detach(), 0, flat, out=rows)
-    return rows.view(*indices.shape, -1)
+    return rows.view(*indices.shape, table.shape[1])
 
 
 def can_gather(module: nn.Module) -> bool:

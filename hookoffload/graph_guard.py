@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,13 +47,20 @@ class GraphGuard:
     def leave(self) -> None:
         """Look at nothing any more, and come off if this is the thread."""
         self._ended = True
-        if self in _THREAD.guards:
+        if self in _THREAD.guards and self.is_innermost():
             self.take_off()
 
     def take_off(self) -> None:
         """Leave this thread's stack of hooks."""
         _THREAD.guards.remove(self)
         self._hooks.__exit__()
+
+    def is_innermost(self) -> bool:
+        """Tell whether no hooks were put on this thread's stack after these."""
+        if _innermost_hooks is None:
+            return True  # nobody can tell
+        hooks = _innermost_hooks(True)
+        return hooks is not None and hooks[0] is self._hooks.pack_hook
 
     def is_left_behind(self) -> bool:
         """Tell whether the call that it was made for is not under way any more."""
@@ -64,6 +72,12 @@ class GraphGuard:
         if escapes is not None and not self._ended:
             escapes.require_not_kept(tensor)
         return tensor
+
+
+# Of torch 2.7 and later; whether to ignore that something is traced.
+_innermost_hooks: Callable[[bool], tuple[Any, Any] | None] | None = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)
 
 
 class _Thread(threading.local):
@@ -79,6 +93,8 @@ _THREAD = _Thread()
 def take_off_left_guards() -> None:
     """Take off what interrupted calls have left in this thread."""
     while _THREAD.guards and _THREAD.guards[-1].is_left_behind():
+        if not _THREAD.guards[-1].is_innermost():
+            return  # the program's own hooks go first
         _THREAD.guards[-1].take_off()
 
 

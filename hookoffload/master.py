@@ -258,9 +258,19 @@ class Master:
         dtypes = (member.dtype if self.mixed else self.codec.compute, member.rest.dtype)
         if tensor.shape != member.shape or tensor.dtype not in dtypes or tensor.is_meta:
             return False  # moved or cast behind the back: the next forward says so
+        if not member.stays and self._is_own_value(member):
+            return False
         member.rest.copy_(tensor.data)
         self.note_change()
         return True
+
+    def _is_own_value(self, member: Member) -> bool:
+        """Tell whether a forward gave a member its own value in another dtype."""
+        value, computed = member.tensor.data, self.codec.compute
+        if value.dtype == computed:
+            return False
+        own = member.rest.to(value.device).to(computed).to(value.dtype)
+        return torch.equal(value, own)
 
     def check_same(self, member: Member) -> None:
         """Raise if a member that is bound between passes was moved or cast."""

@@ -155,6 +155,7 @@ class LayerMover:
             return
         self.order.visit(layer.index)
         if not layer.stays_bound and layer.pieces:
+            self.stand_ins.require_unwritten(layer)
             layer.away = True  # first: an interrupt leaves some members bound
             self.stand_ins.drop(layer)
             self.copies.bring(layer, aside=aside)

@@ -14,6 +14,7 @@ bits. The probe steps aside inside those, and inside atomic layers.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from .hooks import Site
     from .session import Session
 
-_OURS = str(Path(__file__).parent)
+_OURS = str(Path(__file__).parent) + os.sep
 _MODE = str(Path(__file__).with_name("probe_mode.py"))
 
 # In what PyTorch says when tensors do not go together.

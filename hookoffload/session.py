@@ -137,7 +137,8 @@ class Session(NotCopied):
             CallTracker(modules) if group is None else TurnTaker(modules, group.turns)
         )
         self.ownership = Ownership(self, self.calls)
-        self.escapes = Escapes(model, self.mover.memory, self.calls)
+        stand_ins = self.mover.stand_ins
+        self.escapes = Escapes(model, self.mover.memory, self.calls, stand_ins)
         self.root = RootHooks(self, model)
         self.adapters = Adapters(self)
         self.state_hooks = StateHooks(self)

@@ -32,12 +32,13 @@ class StateHooks(NotCopied):
     noticed at the next forward only.
     """
 
-    __slots__ = ("_handles", "_under_way", "session")
+    __slots__ = ("_handles", "_paused", "_under_way", "session")
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self._handles: list[RemovableHandle] = []
         self._under_way = 0  # modules whose saving or loading has begun
+        self._paused = False  # stand-ins of the call in which that happens
 
     def register(self) -> None:
         """Hang the hooks on every module with tensors of its own."""
@@ -72,7 +73,7 @@ class StateHooks(NotCopied):
 
     def forget_calls(self) -> None:
         """Start anew after saving or loading was interrupted."""
-        self._under_way = 0
+        self._under_way, self._paused = 0, False
 
     def _enter(self, *, loading: bool) -> None:
         """Own the model until `_leave`; the outermost brings the masters up to date.
@@ -92,7 +93,7 @@ class StateHooks(NotCopied):
                 session.ownership.require_no_call("load_state_dict")
                 session.placement.rest_everything()
             elif not inner:
-                session.mover.stand_ins.end()
+                self._paused |= session.mover.stand_ins.pause()
                 calls = session.calls
                 inside = calls.runs_here() or calls.is_guest
                 if calls.depth > 1 and not inside:
@@ -116,6 +117,10 @@ class StateHooks(NotCopied):
     def _leave(self) -> None:
         if self._under_way:
             self._under_way -= 1
+            if self._paused and not self._under_way:
+                self._paused = False
+                if self.session.ownership.call_begun:
+                    self.session.mover.stand_ins.begin()
             self.session.calls.leave()
 
     def _before_state_dict(self, module: nn.Module, *_: Any) -> None:

@@ -332,6 +332,39 @@ def test_model_that_ctrl_c_left_attached_is_not_kept_by_its_guard(
     torch.func.grad(lambda z: (z * z).sum())(torch.ones(2))
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason="torch 2.6 does not tell which hooks are on its stack",
+)
+def test_guard_that_ctrl_c_left_takes_no_hooks_of_the_program_along(
+    tmp_path: Path,
+) -> None:
+    class Stops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.stop = True
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.stop:
+                raise KeyboardInterrupt
+            return self.inner(x)
+
+    model = Stops()
+    attach_offload_hooks(model, on_disk(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, torch.zeros(1, 4))
+    model.stop = False
+    packed = []
+    y = torch.ones(2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda t: t):
+        run(model, torch.zeros(1, 4))
+        y * y
+    assert len(packed) == 2
+    detach(model)
+    torch.func.grad(lambda z: (z * z).sum())(torch.ones(2))
+
+
 def test_policy_that_streams_nothing_hands_out_views_as_they_are() -> None:
     model = HandsOut(Returning(Plain))
     attach_offload_hooks(model, OffloadPolicy(compute_device="cpu"))

@@ -318,6 +318,23 @@ def test_a_module_that_its_user_casts_computes_so_and_keeps_its_dtype(
     assert all(p is objects[name] for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("limit", [0, None])
+def test_a_module_that_is_cast_up_again_keeps_what_it_rests_in(
+    limit: float | None,
+) -> None:
+    """It computes in what bf16 leaves of it, which must not come back."""
+    model, x = _Router(), torch.randn(2, WIDTH).to(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = run(copy.deepcopy(model).to(torch.bfloat16), x)
+    with offloaded(
+        model, compute_device="cpu", compute_dtype=torch.bfloat16, limit_gb=limit
+    ):
+        for _ in range(3):
+            assert same_bits(run(model, x), expected)
+    after = model.state_dict()
+    assert all(same_bits(after[name], before[name]) for name in before)
+
+
 @ALL
 def test_a_sideways_read_that_fails_leaves_nothing_bound(
     fields: dict[str, Any],

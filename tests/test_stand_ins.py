@@ -88,7 +88,7 @@ DEVICES = pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.fixture
 def fields(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     if device == "cpu":
-        monkeypatch.setattr(StandIns, "_can_stand_in", lambda *_: True)
+        monkeypatch.setattr(StandIns, "_rests_elsewhere", lambda *_: True)
     yield {"limit_gb": 0, "compute_device": device, "store": "disk"}
 
 
@@ -245,6 +245,136 @@ def test_edits_and_other_limits_between_forwards_are_seen(
 
 def _copy(model: Asks) -> Asks:
     twin = Asks()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+class Edits(nn.Module):
+    """Does things to a weight that it has asked for its device before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.asked = nn.Linear(WIDTH, WIDTH)
+        self.then = ""
+        self.stood: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).to(self.asked.weight.device)
+        if self.then == "other data":
+            self.asked.weight.data = torch.full_like(self.asked.weight, 0.5)
+        elif self.then == "zeros":
+            with torch.no_grad():
+                self.asked.weight.zero_()
+        elif self.then == "state dict":
+            self.first.state_dict()
+            self.stood.append(_stands_in(self.asked))
+        return self.asked(x)
+
+
+def _after_two_forwards(device: str) -> tuple[Edits, torch.Tensor]:
+    torch.manual_seed(0)
+    model, x = Edits(), torch.randn(2, WIDTH, device=device)
+    policy = OffloadPolicy(limit_gb=0, compute_device=device, store="disk")
+    attach_offload_hooks(model, policy)
+    run(model, x)
+    run(model, x)
+    return model, x
+
+
+@pytest.mark.usefixtures("fields")
+@pytest.mark.parametrize("device", [CPU])
+def test_other_data_that_it_is_given_is_taken_over(device: str) -> None:
+    model, x = _after_two_forwards(device)
+    plain = _copied(model)
+    plain.then = model.then = "other data"
+    for _ in range(2):
+        assert same_bits(run(model, x), run(plain, x))
+    detach(model)
+    assert (model.asked.weight == 0.5).all()
+
+
+@pytest.mark.usefixtures("fields")
+@DEVICES
+def test_a_write_that_would_be_lost_is_refused_and_done_the_next_time(
+    device: str,
+) -> None:
+    model, x = _after_two_forwards(device)
+    model.then = "zeros"
+    with pytest.raises(RuntimeError, match=r"asked\.weight: a module wrote to it"):
+        run(model, x)
+    assert model.asked.weight.abs().sum() > 0
+    run(model, x)
+    detach(model)
+    assert not model.asked.weight.any()
+
+
+@pytest.mark.usefixtures("fields")
+@DEVICES
+def test_it_stands_in_again_behind_a_state_dict(device: str) -> None:
+    model, x = _after_two_forwards(device)
+    model.then = "state dict"
+    run(model, x)
+    detach(model)
+    assert model.stood == [True]
+
+
+class _Shows(nn.Module):
+    """Returns a weight that it has asked for its device, and uses one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book = nn.Linear(WIDTH, WIDTH)
+        self.gain = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.to(self.book.weight.device) * self.gain, self.book.weight
+
+
+class _UsesWhatItIsShown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shows = _Shows()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(*self.shows(x))
+
+
+@DEVICES
+def test_a_weight_that_a_forward_returns_is_the_weight(
+    device: str, fields: dict[str, Any]
+) -> None:
+    model, x = _UsesWhatItIsShown(), torch.randn(2, WIDTH, device=device)
+    wanted = _plain(model, x, device)
+    with offloaded(model, **fields):
+        for _ in range(4):
+            assert same_bits(run(model, x), wanted)
+
+
+@pytest.mark.usefixtures("fields")
+@DEVICES
+def test_what_takes_its_name_need_not_be_floating(device: str) -> None:
+    model, x = _after_two_forwards(device)
+    model.asked = _Whole()
+    for _ in range(2):
+        assert run(model, x).shape == x.shape
+    detach(model)
+
+
+class _Whole(nn.Module):
+    """A layer of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = torch.ones(WIDTH, WIDTH, dtype=torch.int8)
+        self.weight = nn.Parameter(whole, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight.to(x.dtype))
+
+
+def _copied(model: Edits) -> Edits:
+    twin = Edits()
     twin.load_state_dict(model.state_dict())
     return twin
 
