@@ -84,8 +84,8 @@ class StreamCopyEngine:
         if copy.entry is not None:
             copy.entry.begin(stream)
         with _current(stream), profiler_range("copy", copy.name):
-            # One call: a layer of many tensors has a dozen of them.
-            torch._foreach_copy_(*moves, non_blocking=True)
+            if moves[0]:  # one call: a layer of many tensors has a dozen of them
+                torch._foreach_copy_(*moves, non_blocking=True)
         if copy.entry is not None:
             copy.entry.end(stream)
         copy.ready = self._behind(stream, timed=True)

@@ -56,7 +56,10 @@ def stalled_seconds(came: Mark, ready: Mark) -> float:
         came: when compute came to the wait.
         ready: when the copy was ready, maybe before.
     """
-    return max(seconds_between(came, ready), 0.0)
+    try:
+        return max(seconds_between(came, ready), 0.0)
+    except RuntimeError:
+        return 0.0  # MPS refuses to say by how much it was ready before
 
 
 def have_happened(events: Iterable[torch.Event]) -> bool:

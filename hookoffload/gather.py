@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 
 from .compiling import dynamo_is_at_work, outside_graphs
@@ -155,7 +156,7 @@ def _rows(
 ) -> torch.Tensor:
     """Look rows up on the host, for a device."""
     wanted = indices.to(table.device)
-    if device.type == "cpu":
+    if device.type == "cpu" or is_functorch_wrapped_tensor(wanted):
         return functional.embedding(wanted, table)
     # Page-locked: a long prompt's rows would take longer than its looking up.
     flat = wanted.reshape(-1)

@@ -90,7 +90,7 @@ def share_that_balances(
 
 
 class PassMeter:
-    """Measures the pass that decides about codes, see [Note: what "auto" codes].
+    """Measures passes that decide about codes, see [Note: what "auto" codes].
 
     Args:
         policy: what the user wants.
@@ -148,7 +148,7 @@ class PassMeter:
             plan.kept_coded,
         ):
             return
-        # Waits for the pass before, once for each set of residents.
+        # Waits for the pass before, a few times for each set of residents.
         self._stalled = self._mover.engine.stall_seconds()
         self._begun = self._mark()
 

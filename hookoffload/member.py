@@ -43,6 +43,7 @@ class Member:
         "rest_pointer",
         "shape",
         "stays",
+        "stays_by_class",
         "stride",
         "tensor",
         "version",
@@ -54,7 +55,7 @@ class Member:
         self.name = managed.name
         self.tensor = tensor
         self.castable = managed.castable
-        self.stays = managed.stays
+        self.stays = self.stays_by_class = managed.stays
         # What is registered: itself, unless it is a part, see [Note: packed tensors].
         self.holders = tuple(managed.holders)
         self.wrappers = managed.wrappers
@@ -74,7 +75,7 @@ class Member:
     def is_packed(self) -> bool:
         """Whether its class makes state dicts by itself; see [Note: packed tensors]."""
         itself = any(holder is self.tensor for holder in self.holders)
-        return not itself or not is_movable(self.tensor) or not self.stays
+        return not itself or not is_movable(self.tensor) or not self.stays_by_class
 
     def set_data(self, value: torch.Tensor) -> None:
         """Have the tensor be at ``value``, and what wraps it say so."""

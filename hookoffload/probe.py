@@ -254,7 +254,7 @@ class Probe:
                 found = self._layers.get(id(value))
                 if found is None or found[0].bound or found[0].stands_in:
                     continue
-                if (property_of(func) or name_of(func)) in PLACES:
+                if not PLACES.isdisjoint((property_of(func), name_of(func))):
                     self.session.mover.stand_ins.note(found[0], value)
                 else:
                     self._use(func, *found, bound)
@@ -264,11 +264,13 @@ class Probe:
     def _use(
         self, func: Callable[..., Any], layer: Layer, name: str, bound: list[Layer]
     ) -> None:
-        if not self._needs_bytes(func, layer) or layer.stays_bound:
+        stays = layer.stays_bound and not _sets_data(func)
+        if stays or not self._needs_bytes(func, layer):
             return
         if not count_calls(self.session.model):
             self._on = False  # left over from a pass that Ctrl-C ended
             return
+        layer.stays_bound = False  # nor will it, see `_note_other_data`
         self.joined.append((self._stack[-1][0], name))
         try:
             self.session.bind(layer, aside=True)

@@ -141,7 +141,7 @@ class StandIns:
 
     def _can_stand_in(self, member: Member) -> bool:
         tensor = member.tensor
-        plain = not member.is_packed and is_movable(tensor)
+        plain = member.stays and not member.is_packed and is_movable(tensor)
         floating = tensor.dtype.is_floating_point and tensor.numel() > 0
         return plain and floating and self._rests_elsewhere(member)
 

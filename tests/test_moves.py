@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import nn
 
 from hookoffload import OffloadPolicy, offloaded
 from hookoffload.device_memory import Block
+from hookoffload.gather import _rows
 from hookoffload.layer import Layer
 from hookoffload.layer_parts import RegionViews
 from hookoffload.layer_values import views_in
@@ -135,3 +137,17 @@ def test_copies_that_were_made_in_inference_mode_are_performed_outside() -> None
             _pairs(views)
         _perform(views)
         assert _arrived(views)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (5,), (2, 3)])
+def test_rows_for_another_device_are_those_of_the_table(shape: tuple[int, ...]) -> None:
+    table = torch.randn(10, 4)
+    indices = torch.randint(10, shape)
+    rows = _rows(table, indices, torch.device("xpu"))
+    assert torch.equal(rows, nn.functional.embedding(indices, table))
+
+
+def test_rows_are_looked_up_under_vmap() -> None:
+    table, indices = torch.randn(10, 4), torch.randint(10, (3, 5))
+    rows = torch.vmap(lambda one: _rows(table, one, torch.device("xpu")))(indices)
+    assert torch.equal(rows, nn.functional.embedding(indices, table))

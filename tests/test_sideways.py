@@ -293,11 +293,13 @@ class _Router(nn.Module):
         self.before = nn.Linear(WIDTH, WIDTH)
         self.child = nn.Linear(WIDTH, WIDTH)
         self.after = nn.Linear(WIDTH, WIDTH)
+        self.casts = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.before(x)
-        self.child = self.child.to(torch.float32)
-        return self.after(self.child(x.float()).to(x.dtype))
+        if self.casts:
+            self.child = self.child.to(torch.float32)
+        return self.after(self.child(x.to(self.child.weight.dtype)).to(x.dtype))
 
 
 @pytest.mark.parametrize("limit", [0, 0.0001, None])
@@ -316,6 +318,24 @@ def test_a_module_that_its_user_casts_computes_so_and_keeps_its_dtype(
     after = model.state_dict()
     assert all(same_bits(after[name], before[name]) for name in before)
     assert all(p is objects[name] for name, p in model.named_parameters())
+
+
+def test_a_resident_that_is_cast_on_a_later_path_is_brought_in_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hookoffload.layer.is_readable", lambda *_: False)
+    model = _Router().to(torch.bfloat16)
+    model.casts = False
+    x = torch.randn(2, WIDTH).to(torch.bfloat16)
+    with offloaded(model, compute_device="cpu"):
+        rests = run(model, x), model.state_dict()["child.weight"].data_ptr()
+        with pytest.raises(RuntimeError):
+            run(model, x[:, :3])  # the next forward is probed
+        lay = seen_inside(model.child, lambda child: child.weight.data_ptr())
+        for casts in (True, False, False):
+            model.casts = casts
+            assert run(model, x).isfinite().all()
+        assert rests[1] not in lay, "it computed where it rests"
 
 
 @pytest.mark.parametrize("limit", [0, None])
