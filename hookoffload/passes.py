@@ -103,7 +103,7 @@ class Passes:
         session.mover.stand_ins.begin()
         session.meter.begin()
         if session.probe is not None:
-            session.probe.begin()
+            session.probe.begin(compiled=session.root.is_compiled)
         return inputs
 
     def begin_part(

@@ -104,8 +104,12 @@ class Probe:
         self.joined: list[tuple[str, str]] = []
         self.enclosing: dict[str, frozenset[str]] = {}
 
-    def begin(self) -> None:
-        """Hang the probe's hooks on the model and start to look."""
+    def begin(self, *, compiled: bool) -> None:
+        """Hang the probe's hooks on the model and start to look.
+
+        Args:
+            compiled: the call of the root is: its graphs see no mode of PyTorch's.
+        """
         sites = {id(site.module): site for site in self.session.sites}
         for name, module in self.session.model.named_modules():
             site = sites.get(id(module))
@@ -123,7 +127,7 @@ class Probe:
             )
         self._stack = [("", [])]
         self._aside = 0
-        self._mode.begin(self.session.model)
+        self._mode.begin(self.session.model, compiled=compiled)
         self._on = True
 
     def end(self) -> list[tuple[str, str]]:

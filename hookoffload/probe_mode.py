@@ -36,11 +36,17 @@ class ProbeMode(TorchFunctionMode):
         super().__init__()
         self._probe = weakref.ref(probe)
         self._pushed = False
+        self._compiled = False
         self._stance: AbstractContextManager[Any] | None = None
 
-    def begin(self, model: nn.Module) -> None:
-        """Go on the stack; parts of the model that were compiled run as written."""
+    def begin(self, model: nn.Module, *, compiled: bool) -> None:
+        """Go on the stack; parts of the model that were compiled run as written.
+
+        Where the whole model is compiled, Dynamo would trace under the mode, and what
+        it makes of that is wrong for some models.
+        """
         self._stance = run_uncompiled(model)
+        self._compiled = compiled
         self.put_on()
 
     def end(self) -> None:
@@ -52,6 +58,8 @@ class ProbeMode(TorchFunctionMode):
 
     def put_on(self) -> None:
         """Go on the stack of this thread."""
+        if self._compiled:
+            return
         TorchFunctionMode.__enter__(self)
         self._pushed = True
 

@@ -26,12 +26,13 @@ class RootHooks(NotCopied):
     while they run, and behind an exception it does so without a copy.
     """
 
-    __slots__ = ("_handles", "_sites", "active", "module", "session")
+    __slots__ = ("_handles", "_sites", "active", "is_compiled", "module", "session")
 
     def __init__(self, session: Session, module: nn.Module) -> None:
         self.session = session
         self.module = module
         self.active = 0
+        self.is_compiled = False  # the call whose pre hook runs
         self._sites: list[Site | None] = []  # of the calls under way
         self._handles: list[RemovableHandle] = []
 
@@ -67,7 +68,7 @@ class RootHooks(NotCopied):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin a pass, bind the root's own layers."""
         if dynamo_is_at_work():
-            return outside_graphs(self.pre)(module, args, kwargs)
+            return outside_graphs(self._pre_compiled)(module, args, kwargs)
         session = self.session
         if module is not self.module:
             raise RuntimeError(
@@ -100,6 +101,15 @@ class RootHooks(NotCopied):
             session.ownership.leave_call()
             raise
         return inputs
+
+    def _pre_compiled(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.is_compiled = True
+        try:
+            return self.pre(module, args, kwargs)
+        finally:
+            self.is_compiled = False
 
     def post(
         self,

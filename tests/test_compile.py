@@ -23,6 +23,7 @@ from hookoffload import (
     set_limit,
 )
 from hookoffload.compiling import captures_cuda_graphs
+from tests.real_models import llama
 from tests.samples import Block, Stack
 from tests.small_models import assert_same, on_disk, run
 
@@ -329,4 +330,18 @@ def test_forwards_take_no_references_to_none(tmp_path: Path) -> None:
         run(model, x)
     # Asking Dynamo for its callback took one in each hook with torch 2.6.
     assert abs(sys.getrefcount(None) - before) < 100
+    detach(model)
+
+
+def test_a_real_model_that_is_compiled_before_its_first_forward_computes_the_same(
+    tmp_path: Path,
+) -> None:
+    """Dynamo traces Llama wrongly under a mode of torch functions."""
+    model, inputs = llama()
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        attach_offload_hooks(model, on_disk(tmp_path))
+        compiled = torch.compile(model, backend="eager")
+        for _ in range(2):
+            assert torch.equal(compiled(**inputs).logits, wanted)
     detach(model)
