@@ -90,8 +90,9 @@ class StandIns:
         with torch.inference_mode(False):
             for master, member in layer.asked:
                 element = self._element(master, member)
-                member.set_data(element.expand(member.shape))
+                # First, or behind an interrupt it would seem to be the program's data.
                 member.bound_pointer = element.data_ptr()
+                member.set_data(element.expand(member.shape))
 
     def drop(self, layer: Layer) -> None:
         """Have those of one layer be what they are at rest.

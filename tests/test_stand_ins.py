@@ -19,6 +19,7 @@ from hookoffload import (
     set_limit,
 )
 from hookoffload.stand_ins import StandIns
+from tests.interrupts import interrupted_at, steps_of
 from tests.samples import run, same_bits
 
 WIDTH = 128
@@ -209,6 +210,43 @@ def test_an_interrupt_leaves_no_stand_in(
         assert same_bits(run(model, ids.to(device)), wanted)
     detach(model)
     assert same_bits(_plain(model, ids, device), wanted)
+
+
+@pytest.mark.usefixtures("fields")
+@pytest.mark.parametrize("device", [CPU])
+@pytest.mark.parametrize("passes", [0, 1])
+def test_an_interrupt_at_any_step_of_a_forward_leaves_no_stand_in(
+    device: str, passes: int
+) -> None:
+    policy = OffloadPolicy(limit_gb=0, compute_device=device, store="disk")
+    torch.manual_seed(0)
+    plain, x = Edits(), torch.randn(2, WIDTH)
+    wanted, state = run(plain, x), plain.state_dict()
+
+    def attached() -> Edits:
+        model = Edits()
+        model.load_state_dict(state)
+        attach_offload_hooks(model, policy)
+        for _ in range(passes):
+            run(model, x)
+        return model
+
+    model = attached()
+    steps = steps_of(lambda: run(model, x))
+    detach(model)
+    for number, step in enumerate(steps):
+        model = attached()
+        try:
+            with interrupted_at(step) as interrupt:
+                run(model, x)
+        except KeyboardInterrupt:
+            pass
+        if number % 2:
+            assert same_bits(run(model, x), wanted), interrupt.interrupted
+        detach(model)
+        after = model.state_dict()
+        for name, value in state.items():
+            assert same_bits(after[name], value), (name, interrupt.interrupted)
 
 
 @DEVICES
