@@ -56,9 +56,15 @@ class Passes:
         self._probe_next = True
 
     def begin(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Get ready for one forward of the root; return inputs that were moved."""
+        """Get ready for one forward of the root; return inputs that were moved.
+
+        Args:
+            args: of the forward.
+            kwargs: of the forward.
+            compiled: the model is, as a whole.
+        """
         session = self._session
         self._autocast_cache = torch.is_autocast_cache_enabled()
         if is_under_fsdp(session.model):
@@ -103,7 +109,7 @@ class Passes:
         session.mover.stand_ins.begin()
         session.meter.begin()
         if session.probe is not None:
-            session.probe.begin(compiled=session.root.is_compiled)
+            session.probe.begin(compiled=compiled)
         return inputs
 
     def begin_part(

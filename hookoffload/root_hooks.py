@@ -26,13 +26,12 @@ class RootHooks(NotCopied):
     while they run, and behind an exception it does so without a copy.
     """
 
-    __slots__ = ("_handles", "_sites", "active", "is_compiled", "module", "session")
+    __slots__ = ("_handles", "_sites", "active", "module", "session")
 
     def __init__(self, session: Session, module: nn.Module) -> None:
         self.session = session
         self.module = module
         self.active = 0
-        self.is_compiled = False  # the call whose pre hook runs
         self._sites: list[Site | None] = []  # of the calls under way
         self._handles: list[RemovableHandle] = []
 
@@ -68,7 +67,16 @@ class RootHooks(NotCopied):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin a pass, bind the root's own layers."""
         if dynamo_is_at_work():
-            return outside_graphs(self._pre_compiled)(module, args, kwargs)
+            return outside_graphs(self._begin)(module, args, kwargs, True)
+        return self._begin(module, args, kwargs, False)
+
+    def _begin(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        compiled: bool,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         session = self.session
         if module is not self.module:
             raise RuntimeError(
@@ -88,7 +96,7 @@ class RootHooks(NotCopied):
         try:
             inputs = None
             if outermost:
-                inputs = session.passes.begin(args, kwargs)
+                inputs = session.passes.begin(args, kwargs, compiled=compiled)
             site = session.root_site
             if site is not None:
                 site.pre(module, args, kwargs)
@@ -101,15 +109,6 @@ class RootHooks(NotCopied):
             session.ownership.leave_call()
             raise
         return inputs
-
-    def _pre_compiled(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.is_compiled = True
-        try:
-            return self.pre(module, args, kwargs)
-        finally:
-            self.is_compiled = False
 
     def post(
         self,
