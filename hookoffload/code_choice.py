@@ -8,12 +8,11 @@ take. Passes with the same residents are measured, from the second one on, until
 get no faster: how long the fastest took, and how long of that it waited for copies.
 Where it waited, the link was busy all the time or the window too small. How fast the
 link and the decoder are is measured then, and the cost model says which share of the
-streamed bytes should be coded: so many that
-copies take no longer than computing and decoding. If they do with all of them coded,
-so many of the residents are coded, too, that make room for others: see
-[Note: residents that are kept coded]. They are encoded before the next pass begins,
-spread evenly over the order, and no more of them than host RAM has room for. A plan
-with other residents is measured again.
+streamed bytes should be coded: so many that copies take no longer than computing and
+decoding. If they do with all of them coded, so many of the residents are coded, too,
+that make room for others: see [Note: residents that are kept coded]. They are encoded
+before the next pass begins, spread evenly over the order, and no more of them than host
+RAM has room for. A plan with other residents is measured again.
 
 What `load_model` leaves in files is read in any case, and encoded on the way as far as
 it streams: there the codes are also what makes host RAM hold more.
