@@ -230,6 +230,12 @@ class LayerMover:
 
     # -- giving up ------------------------------------------------------------------
 
+    def unbind_resident(self, layer: Layer) -> None:
+        """Have a resident rest that is bound between passes; its copy stays current."""
+        if self.on_evict is not None:
+            self.on_evict(layer)
+        self._unbind(layer)
+
     def evict(self, layer: Layer) -> None:
         """Make a resident layer rest again; what was written to it is kept."""
         if self.on_evict is not None:

@@ -274,7 +274,8 @@ class Probe:
         if not count_calls(self.session.model):
             self._on = False  # left over from a pass that Ctrl-C ended
             return
-        layer.stays_bound = False  # nor will it, see `_note_other_data`
+        if layer.stays_bound:  # nor will it again, see `_note_other_data`
+            self.session.mover.unbind_resident(layer)
         self.joined.append((self._stack[-1][0], name))
         try:
             self.session.bind(layer, aside=True)

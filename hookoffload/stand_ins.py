@@ -7,9 +7,9 @@ the model makes of the answer does not go together with what it computes. The pr
 who is asked. From then on, from the beginning of the outermost call to its end, such a
 tensor that is not bound is one element on the compute device, expanded to the shape,
 in the dtype that it has in its forward. The element is NaN: what a model reads there on
-a path that no probe saw, it cannot take for a weight. What it writes there is refused
-when the layer is bound next; other data (``weight.data = new``) is taken over then, as
-from any tensor at rest.
+a path that no probe saw, it cannot take for a weight. (Integers have no such value, and
+nothing stands in for them.) What it writes there is refused when the layer is bound
+next; other data (``weight.data = new``) is taken over then, as from any tensor at rest.
 """
 
 from __future__ import annotations

@@ -320,7 +320,7 @@ def test_a_module_that_its_user_casts_computes_so_and_keeps_its_dtype(
     assert all(p is objects[name] for name, p in model.named_parameters())
 
 
-def test_a_resident_that_is_cast_on_a_later_path_is_brought_in_again(
+def test_a_resident_that_is_cast_on_a_later_path_computes_where_it_is_resident(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("hookoffload.layer.is_readable", lambda *_: False)
@@ -333,8 +333,11 @@ def test_a_resident_that_is_cast_on_a_later_path_is_brought_in_again(
             run(model, x[:, :3])  # the next forward is probed
         lay = seen_inside(model.child, lambda child: child.weight.data_ptr())
         for casts in (True, False, False):
+            moved = offload_stats(model).bytes_moved
             model.casts = casts
             assert run(model, x).isfinite().all()
+            if casts:
+                assert offload_stats(model).bytes_moved == moved, "it was taken for old"
         assert rests[1] not in lay, "it computed where it rests"
 
 

@@ -408,6 +408,7 @@ class _Whole(nn.Module):
         self.weight = nn.Parameter(whole, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.weight.device)  # who asked before was told where it rests
         return functional.linear(x, self.weight.to(x.dtype))
 
 
