@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+import weakref
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -116,12 +117,26 @@ def _meminfo(field: str) -> int:
 def empty_pages(nbytes: int) -> torch.Tensor:
     """Return memory that shares no page with other data."""
     if sys.platform == "win32":  # where nothing forks
-        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
-    # Private, or a forked child would write to its parent's.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    pages = torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
+        memory = mmap.mmap(-1, nbytes)
+    else:  # private, or a forked child would write to its parent's
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = torch.frombuffer(memory, dtype=torch.uint8)
+    start = pages.data_ptr()
+    _OWN_PAGES.add(start)
+    weakref.finalize(memory, _OWN_PAGES.discard, start).atexit = False
     prefer_huge_pages(pages)
     return pages
+
+
+def is_from_empty_pages(start: int) -> bool:
+    """Tell whether memory that `empty_pages` returned begins at an address.
+
+    The system's list of maps does not say: it shows neighbours as one.
+    """
+    return start in _OWN_PAGES
+
+
+_OWN_PAGES: set[int] = set()
 
 
 def prefer_huge_pages(tensor: torch.Tensor) -> None:

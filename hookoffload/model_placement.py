@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .coding import renew_codes
+from .filling import Filled
 from .host_memory import trim_heap
+from .locking_beside import locking_beside
 from .master import Master
 from .placement import Placement
 from .resolved_policy import ResolvedPolicy
@@ -38,11 +40,16 @@ class ModelPlacement:
         # nothing (`rest_everything`).
         self._masters_wait = False
 
-    def adopt(self, policy: ResolvedPolicy) -> None:
-        """Have masters rest where a policy says."""
+    def adopt(self, policy: ResolvedPolicy, filled: Filled | None = None) -> None:
+        """Have masters rest where a policy says.
+
+        Args:
+            policy: says it.
+            filled: called with masters that were read into RAM, a group at a time.
+        """
         store = self._session.store
         for tier in _TIERS:
-            store.adopt(self._tier(tier), policy.rests(on_disk=tier))
+            store.adopt(self._tier(tier), policy.rests(on_disk=tier), filled)
         store.choose_reads()
 
     def adopt_buffers(self) -> None:
@@ -93,6 +100,16 @@ class ModelPlacement:
         """List the masters that wait on disk, or those that wait in host RAM."""
         masters = self._session.store.masters
         return [master for master in masters if master.on_disk == on_disk]
+
+    def adopt_and_lock(self, policy: ResolvedPolicy) -> None:
+        """Have masters rest where a policy says, page-locked if copies begin there."""
+        session = self._session
+        if not policy.waits_where_it_rests:
+            self.adopt(policy)
+            return
+        with locking_beside(session.page_lock, self._tier(False)) as filled:
+            self.adopt(policy, filled)
+        session.page_lock.lock(session.store.masters)
 
     def rest_everything(self) -> None:
         """Put everything to rest, so that loading and saving see masters only."""

@@ -29,7 +29,12 @@ import torch
 
 from .alignment import SMALL_TENSOR_BYTES, align
 from .budget import format_gib
-from .host_memory import default_cap, empty_pages, trim_heap
+from .host_memory import (
+    default_cap,
+    empty_pages,
+    is_from_empty_pages,
+    trim_heap,
+)
 from .locked_pages import lock_pages, unlock_pages
 from .master import Master
 from .progress import progress_bar
@@ -81,15 +86,21 @@ class PageLock:
         # Also when a model is dropped without detach.
         self._release = weakref.finalize(self, _unlock, self._locked)
 
+    def takes(self, nbytes: int) -> bool:
+        """Tell whether this device locks pages, and the cap has room for so many."""
+        return self._device.type == "cuda" and nbytes <= self._room()
+
+    def _room(self) -> int:
+        cap = default_cap() if self._cap is None else self._cap
+        return cap - sum(lock.locked_bytes for lock in self._sharing)
+
     def lock(self, masters: Sequence[Master]) -> None:
         """Lock masters in host RAM; those left out are spread evenly over the list."""
         waiting = [m for m in masters if m.in_ram and m.count and not m.pinned]
         if self._device.type != "cuda" or not waiting:
             return
         total = sum(master.nbytes for master in waiting)
-        cap = default_cap() if self._cap is None else self._cap
-        cap -= sum(lock.locked_bytes for lock in self._sharing)
-        chosen = _evenly(waiting, min(max(cap, 0) / total, 1.0))
+        chosen = _evenly(waiting, min(max(self._room(), 0) / total, 1.0))
         # Codes have pages of their own from the start.
         maps = _starts_of_maps()
         guests = [
@@ -160,12 +171,12 @@ class PageLock:
 def _has_own_pages(flat: torch.Tensor, maps: set[int]) -> bool:
     """Tell whether no other allocation lies on the pages of a tensor's storage.
 
-    True for files and other maps that begin with the storage, and for what glibc's
-    malloc gave a map of its own, as it does from 32 MiB on at the latest. That is read
-    off the two words which glibc keeps in front of an allocation: the distance to the
-    start of the map, and the size with flag 2 ("mmapped") alone; start and end of the
-    map must then fall on pages (malloc/malloc.c, "struct malloc_chunk"). In doubt the
-    answer is no.
+    True for files and other maps that begin with the storage, for `empty_pages`, and
+    for what glibc's malloc gave a map of its own, as it does from 32 MiB on at the
+    latest. That is read off the two words which glibc keeps in front of an allocation:
+    the distance to the start of the map, and the size with flag 2 ("mmapped") alone;
+    start and end of the map must then fall on pages (malloc/malloc.c, "struct
+    malloc_chunk"). In doubt the answer is no.
 
     Args:
         flat: the tensor.
@@ -175,7 +186,7 @@ def _has_own_pages(flat: torch.Tensor, maps: set[int]) -> bool:
     storage = flat.untyped_storage()
     start, nbytes = storage.data_ptr(), storage.nbytes()
     if start % page == 0:
-        return start in maps
+        return start in maps or is_from_empty_pages(start)
     if start % page < 16 or not sys.platform.startswith("linux"):
         return False
     chunk = start - 16

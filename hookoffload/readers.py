@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
 
-from .host_memory import prefer_huge_pages
+from .alignment import SMALL_TENSOR_BYTES
+from .host_memory import empty_pages
 from .reader_threads import reader_count
 from .safetensors_file import TensorLocation
 
@@ -57,10 +58,15 @@ def read_tensors(
 
 
 def empty_in_ram(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Returns a tensor without values, in huge pages where the system has them."""
-    tensor = torch.empty(shape, dtype=dtype)
-    prefer_huge_pages(tensor)
-    return tensor
+    """Returns a tensor without values, in huge pages where the system has them.
+
+    A large one has pages of its own: it can be page-locked where it lies, and goes back
+    to the system when it is dropped.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    if tensor.nbytes < SMALL_TENSOR_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return empty_pages(tensor.nbytes).view(dtype).view(tuple(shape))
 
 
 def _place(read: Read) -> tuple[str, int]:

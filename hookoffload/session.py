@@ -247,9 +247,7 @@ class Session(NotCopied):
     def _begin(self, policy: ResolvedPolicy) -> None:
         try:
             self.placement.adopt_buffers()
-            self.placement.adopt(policy)
-            if policy.waits_where_it_rests:
-                self.page_lock.lock(self.store.masters)
+            self.placement.adopt_and_lock(policy)
             self.root.register()
             self.hooks.hang_all()
             self.take_stock()

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 from tqdm.auto import tqdm
 
+from .filling import Filled, read_masters
 from .host_memory import reclaimable_memory, trim_heap
 from .master import Master
 from .origins import Origins
 from .placement import Placement
 from .private_pages import written_privately
 from .progress import progress_bar
-from .readers import empty_in_ram, read_tensors
 from .safetensors_file import CheckpointFile, TensorLocation
 from .safetensors_header import CheckpointError
 from .spill_file import write_spill_file
@@ -65,12 +65,22 @@ class Store:
             others = [m for m in masters if m not in kept and m.on_disk == on_disk]
             self.adopt(others, rests(on_disk=on_disk))
 
-    def adopt(self, masters: Sequence[Master], placement: Placement) -> None:
+    def adopt(
+        self,
+        masters: Sequence[Master],
+        placement: Placement,
+        filled: Filled | None = None,
+    ) -> None:
         """Bring masters to the placement where they rest while not needed.
 
         A CPU tensor that stays in RAM and needs no cast stays exactly where it lies.
         What lies in a file and is to rest in RAM is read, and cast on the way; if it
         is coded, its code is what rests in RAM.
+
+        Args:
+            masters: what to bring.
+            placement: where to.
+            filled: called with masters that were read, while others are still to come.
 
         Raises:
             CheckpointError: The folder cannot be written, or has too little room.
@@ -84,7 +94,7 @@ class Store:
             return
         waiting = _uncoded_in_files(masters)
         origins = [(m, m.location) for m in waiting if m.location is not None]
-        self._read(waiting, placement.dtype)
+        read_masters(waiting, placement.dtype, filled)
         self._origins.note(origins)
         self._files = {m.location.file for m in self.masters if m.location is not None}
         self._cast(masters, placement.dtype)
@@ -98,24 +108,6 @@ class Store:
         for file in (self._code_files | kept) - used:
             file.close()
         self._code_files = used
-
-    @staticmethod
-    def _read(masters: Sequence[Master], dtype: torch.dtype | None) -> None:
-        """Read masters from their files into host RAM, in ``dtype`` if they may be."""
-        reads = []
-        for master in masters:
-            assert master.location is not None, f"{master.name} is in RAM already"
-            cast = dtype is not None and master.castable
-            wanted = dtype if dtype is not None and cast else master.flat.dtype
-            flat = empty_in_ram((master.count,), wanted)
-            reads.append((master.location, flat))
-        if not reads:
-            return
-        total = sum(location.nbytes for location, _ in reads)
-        with progress_bar("reading weights", total) as bar:
-            read_tensors(reads, bar.update)
-        for master, (_, flat) in zip(masters, reads, strict=True):
-            master.become(flat, None)
 
     @staticmethod
     def _cast(masters: Sequence[Master], dtype: torch.dtype | None) -> None:
@@ -189,7 +181,7 @@ class Store:
         for master in waiting:
             assert master.location is not None, f"{master.name} is in RAM already"
             self._mapped[id(master)] = (master.flat, master.location)
-        self._read(waiting, placement.dtype)
+        read_masters(waiting, placement.dtype)
         self._cast(masters, placement.dtype)
 
     def offload(self, masters: Sequence[Master], placement: Placement) -> None:

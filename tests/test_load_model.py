@@ -436,8 +436,11 @@ def test_modules_with_ways_of_their_own_are_filled(
     for _ in range(2):
         assert_same(run(model, x), run(plain, x))
     detach(model)
-    assert_same(run(model, x), run(plain, x))
-    assert not any(tensor.is_meta for tensor in tensors_of(model).values())
+    # Maps of the file lie as the file has them, and some processors' kernels add up in
+    # another order where a matrix does not begin on a multiple of 16 bytes.
+    torch.testing.assert_close(run(model, x), run(plain, x))
+    for name, tensor in tensors_of(model).items():
+        assert_same(tensor, tensors_of(plain)[name])
 
 
 # --- names converted ---

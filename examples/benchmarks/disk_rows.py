@@ -217,39 +217,61 @@ def _load_theirs(bench: Bench) -> float:
     took = time.perf_counter() - began
     del loaded
     gc.collect()
+    if bench.device.type == "cuda":
+        # PyTorch keeps page-locked memory, and the next round would find it ready: a
+        # program that loads its model locks it for the first time.
+        torch._C._host_emptyCache()
     return took
 
 
 def first(bench: Bench) -> list[Row]:
     """From the files, warm, to the first output."""
-    limit = bench.options.limit_gb
     bench.warm()
+    # In turns, as in `loading`.
+    rounds = range(bench.options.passes)
+    times = [(_first_of_ours(bench), _first_of_theirs(bench)) for _ in rounds]
+    ours, theirs = (min(column) for column in zip(*times, strict=True))
+    return [
+        Row(
+            what="from warm files to the first output",
+            ours=f"{ours[0]:.2f} s",
+            against=f"load_file and attach {theirs[0]:.2f} s",
+            ratio=ours[0] / theirs[0],
+            bound="< 1",
+            notes={
+                "loaded": ours[1],
+                "theirs loaded and attached": theirs[1],
+                "rounds": times,
+            },
+        )
+    ]
+
+
+def _first_of_ours(bench: Bench) -> tuple[float, float]:
+    """Returns seconds to the first output, and to where that forward began."""
     began = time.perf_counter()
-    model = bench.load(limit_gb=limit, store=bench.options.first_store)
+    model = bench.load(limit_gb=bench.options.limit_gb, store=bench.options.first_store)
     loaded = time.perf_counter() - began
     bench.run(model)
-    ours = time.perf_counter() - began
+    took = time.perf_counter() - began
     del model
     gc.collect()
+    return took, loaded
+
+
+def _first_of_theirs(bench: Bench) -> tuple[float, float]:
     began = time.perf_counter()
     with torch.device("meta"):
         plain = DemoTransformer(**asdict(bench.shape))
     plain.load_state_dict(load_file(bench.path), assign=True)
-    policy = OffloadPolicy(compute_device=bench.device, limit_gb=limit)
+    policy = OffloadPolicy(compute_device=bench.device, limit_gb=bench.options.limit_gb)
     attach_offload_hooks(plain, policy, progress=False)
     attached = time.perf_counter() - began
     bench.run(plain)
-    theirs = time.perf_counter() - began
-    return [
-        Row(
-            what="from warm files to the first output",
-            ours=f"{ours:.2f} s",
-            against=f"load_file and attach {theirs:.2f} s",
-            ratio=ours / theirs,
-            bound="< 1",
-            notes={"loaded": loaded, "theirs loaded and attached": attached},
-        )
-    ]
+    took = time.perf_counter() - began
+    del plain
+    gc.collect()
+    return took, attached
 
 
 def others(bench: Bench) -> list[Row]:
