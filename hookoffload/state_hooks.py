@@ -161,9 +161,13 @@ class StateHooks(NotCopied):
     def _refuse_to_move(
         self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> nn.Module:
-        model = self.session.model
-        tensors = (member.tensor for member in self.session.inventory)
+        session, model = self.session, self.session.model
+        tensors = [member.tensor for member in session.inventory]
         if recurse and all(self._is_kept(function, tensor) for tensor in tensors):
+            if any(self._lays_out_anew(function, tensor) for tensor in tensors):
+                with session.ownership.by_hand("to"):
+                    session.placement.rest_everything()
+                    type(model)._apply(model, function)  # what rests takes other data
             return model
         raise RuntimeError(
             f"{self.session.label} has offload hooks attached, which decide where its "
@@ -183,6 +187,17 @@ class StateHooks(NotCopied):
             return function(like) is like and not like.is_shared()
         except Exception:
             return False  # a device that is not there
+
+    @staticmethod
+    def _lays_out_anew(
+        function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor
+    ) -> bool:
+        """Tell whether ``memory_format=`` gives a tensor like this other strides."""
+        if tensor.dim() not in (4, 5):
+            return False
+        shape = (2,) * tensor.dim()
+        like = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        return function(like) is not like
 
 
 # Whose a tensor is: two attached models must not swap one tensor's data.
