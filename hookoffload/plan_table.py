@@ -133,10 +133,11 @@ def format_curve(
     longest = max(timed, default=0.0)
     header = f"{'limit':>12} {'resident':>12}"
     if timed:
-        header += f" {'s a pass':>10}{', at least' if at_least else ''}"
+        header += f" {'>= s a pass' if at_least else 's a pass':>10}"
     lines = [header[:width]]
     for limit, seconds, resident in points:
-        name = "none" if limit is None else format_gib(limit)
+        # Rounded up: the least, and where everything stays, must be so as typed back.
+        name = "none" if limit is None else f"{format_gib_up(limit)} GiB"
         line = f"{name:>12} {format_gib(resident):>12}"
         if seconds is not None:
             room = max(width - len(line) - 12, 0)

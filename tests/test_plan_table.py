@@ -226,11 +226,17 @@ def test_curve_of_a_model_that_moves_nothing_is_one_point() -> None:
 def test_curve_shows_a_bar_for_each_second() -> None:
     plan = plan_of(blocks(), 0, Rates(link_bytes_per_second=GIB, compute_seconds=0.5))
     lines = format_curve(plan.curve([0, 0.8]), 60).splitlines()
-    assert "at least" not in lines[0]
+    assert ">=" not in lines[0]
     assert lines[1].split()[-2] == "1.000"
     full, half = (line.count("#") for line in lines[1:])
     assert 0.45 * full < half < 0.55 * full
-    assert "at least" in format_curve(plan.curve(), 60, at_least=True)
+    assert ">= s a pass" in format_curve(plan.curve(), 40, at_least=True)
+
+
+def test_curve_names_limits_that_do_as_they_are_typed_back() -> None:
+    plan = plan_of(blocks(nbytes=67 * MIB), 0)
+    least = format_curve(plan.curve(), 60).splitlines()[1].split()[0]
+    assert plan.curve([float(least)])
 
 
 # -- the table ----------------------------------------------------------------------
