@@ -34,11 +34,11 @@ def add_plan(commands: Commands) -> None:
         "plan",
         help="say what a checkpoint would do under a limit; loads nothing",
         description=(
-            "Plans for a safetensors checkpoint from the headers of its files: what "
-            "stays on the device, what streams, and what a pass costs. Each tensor "
-            "counts as read by every pass. Seconds are predicted from the rates that "
-            "you give, else from those that hookoffload doctor measured on this "
-            "machine, and never guessed."
+            "Plans for a checkpoint, safetensors or GGUF, from the headers of its "
+            "files: what stays on the device, what streams, and what a pass costs. "
+            "Each tensor counts as read by every pass. Seconds are predicted from the "
+            "rates that you give, else from those that hookoffload doctor measured on "
+            "this machine, and never guessed."
         ),
     )
     plan.add_argument("path", type=Path, nargs="+", help="a file, an index or a folder")
