@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from hookoffload import BudgetExceededError, Rates
+from hookoffload import BudgetExceededError, Rates, curve, planner
 from hookoffload.cost import COPIES_SLOW_COMPUTE, Prediction, predict
 from hookoffload.plan import LayerSpec, Plan
 from hookoffload.plan_table import format_curve, format_plan, groups_of, plan_record
 from hookoffload.planner import make_plan
+from hookoffload.priorities import priorities
 
 MIB = 2**20
 GIB = 2**30
@@ -231,6 +232,20 @@ def test_curve_shows_a_bar_for_each_second() -> None:
     full, half = (line.count("#") for line in lines[1:])
     assert 0.45 * full < half < 0.55 * full
     assert ">= s a pass" in format_curve(plan.curve(), 40, at_least=True)
+
+
+def test_curve_ranks_the_layers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(blocks(), 0)
+    ranked: list[Any] = []
+
+    def counted(*args: Any) -> Any:
+        ranked.append(args)
+        return priorities(*args)
+
+    monkeypatch.setattr(planner, "priorities", counted)
+    monkeypatch.setattr(curve, "priorities", counted, raising=False)
+    assert len(plan.curve()) > 4
+    assert len(ranked) == 1
 
 
 def test_curve_names_limits_that_do_as_they_are_typed_back() -> None:
