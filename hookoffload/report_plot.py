@@ -34,7 +34,7 @@ _LANES = (
 )
 
 
-_TITLE_COLUMNS = 100  # of letters as wide as most, in the width of the picture
+_TITLE_COLUMNS = 108  # of letters as wide as most, in the width of the picture
 
 
 def save_picture(report: Report, path: str | os.PathLike[str]) -> None:
