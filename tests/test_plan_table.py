@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -297,6 +298,18 @@ def test_table_fits_any_terminal(width: int, dtype: str) -> None:
         assert "streamed" in text
         curve = format_curve(plan.curve(), width, at_least=True)
         assert max(map(len, curve.splitlines())) <= width
+
+
+def test_summary_has_its_figures_in_one_unit() -> None:
+    layers = blocks(count=8, nbytes=MIB)
+    summary, _, table = format_plan(plan_of(layers, 4 * MIB)).partition("  layers")
+    assert table
+    units = re.findall(r"\b[GMK]iB\b|\bbytes\b", summary)
+    assert len(units) > 8
+    assert len(set(units) - {"GiB"}) <= 1
+    assert "  limit             4.000 MiB" in summary
+    rows = [row for row in summary.splitlines() if "least" not in row]
+    assert not any("GiB" in row for row in rows)
 
 
 def test_narrow_table_says_the_same_as_the_wide_one() -> None:
