@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import Counter
@@ -15,7 +16,10 @@ class BudgetExceededError(RuntimeError):
     """A limit leaves no room for what was asked of it."""
 
 
-def format_gib(nbytes: int) -> str:
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def format_gib(nbytes: int, like: int | None = None) -> str:
     """Writes a number of bytes for a reader.
 
     Figures under a hundredth of a unit go to the next smaller unit, so that three
@@ -23,6 +27,8 @@ def format_gib(nbytes: int) -> str:
 
     Args:
         nbytes: Bytes.
+        like: Other bytes, whose unit is taken, so that a reader can compare the two;
+            a smaller amount gets as many decimals as it needs.
 
     Returns:
         GiB with three decimals; MiB, KiB or bytes for tiny amounts.
@@ -30,15 +36,22 @@ def format_gib(nbytes: int) -> str:
     Example:
         >>> format_gib(76_235_670), format_gib(5 * 2**20), format_gib(700)
         ('0.071 GiB', '5.000 MiB', '700 bytes')
+        >>> format_gib(5 * 2**20, like=2**30)
+        '0.00488 GiB'
     """
-    if nbytes == 0:
+    if nbytes == 0 and not like:
         return "0.000 GiB"
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if abs(nbytes) * 100 >= scale:
-            return f"{nbytes / scale:.3f} {unit}"
-    if abs(nbytes) >= 2**10:
-        return f"{nbytes / 2**10:.3f} KiB"
-    return f"{nbytes} bytes"
+    of_unit = abs(like or nbytes)
+    if of_unit < 2**10:
+        return f"{nbytes} bytes"
+    unit, scale = next(
+        (one for one in _UNITS if of_unit * 100 >= one[1]), ("KiB", 2**10)
+    )
+    amount = nbytes / scale
+    decimals = 3
+    if 0 < abs(amount) < 0.01:
+        decimals = 2 - math.floor(math.log10(abs(amount)))
+    return f"{amount:.{decimals}f} {unit}"
 
 
 def format_gib_up(nbytes: int) -> str:
@@ -85,9 +98,9 @@ def format_limit(limit_bytes: int) -> str:
         decimals += 1
 
 
-def _by_size(reserved: dict[str, int]) -> str:
+def _by_size(reserved: dict[str, int], like: int) -> str:
     largest_first = sorted(reserved.items(), key=lambda item: -item[1])
-    return ", ".join(f"{kind} {format_gib(nbytes)}" for kind, nbytes in largest_first)
+    return ", ".join(f"{kind} {format_gib(n, like)}" for kind, n in largest_first)
 
 
 class MemoryBudget:
@@ -308,13 +321,13 @@ class MemoryBudget:
         limit = self._limit_bytes or 0
         reserved = "nothing is reserved"
         if self._used:
-            held = _by_size(self._by_kind)
-            reserved = f"{format_gib(self._used)} are reserved ({held})"
+            held = _by_size(self._by_kind, limit)
+            reserved = f"{format_gib(self._used, limit)} are reserved ({held})"
         return (
             f"limit_gb={format_limit(limit)} ({format_gib(limit)}) leaves no room for "
-            f"{format_gib(nbytes)} of {kind}{' for ' + what if what else ''}: "
+            f"{format_gib(nbytes, limit)} of {kind}{' for ' + what if what else ''}: "
             f"{reserved}, so "
-            f"{format_gib(self._used + nbytes - limit)} are missing. "
+            f"{format_gib(self._used + nbytes - limit, limit)} are missing. "
             f"Raise limit_gb to at least {format_gib_up(self._used + nbytes)}, or "
             "give memory back first."
         )

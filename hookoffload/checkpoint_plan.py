@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .alignment import align
 from .checkpoint_index import CheckpointPaths, find_tensors
 from .coded_residents import fastest
 from .cost import Rates
-from .opened_file import read_extents
+from .opened_file import GGUF, read_extents
 from .plan import LayerSpec, Plan
 from .planner import make_plan
 from .safetensors_header import ITEMSIZES, TensorExtent
@@ -93,7 +94,7 @@ def plan_of_headers(
         CheckpointError: A file is missing or damaged.
         BudgetExceededError: The limit is below the least that the model needs.
     """
-    modules = _by_module(find_tensors(checkpoint, read_extents))
+    modules = _by_module(find_tensors(checkpoint, _read_extents))
     names = list(modules)
     chains = _chains(names)
     held = {index for chain in chains for index in chain[:-1]}
@@ -139,6 +140,17 @@ def plan_of_headers(
         return replace(plan, device=tiers.device, rates=rates)
 
     return plan_at(1.0) if rates is None else fastest(plan_at, rates)
+
+
+def _read_extents(path: Path) -> dict[str, TensorExtent]:
+    if path.suffix.lower() != GGUF:
+        return read_extents(path)
+    # Only these need torch, and the package gguf that knows their packings.
+    from .gguf_file import GgufFile
+
+    file = GgufFile(path)
+    file.close()
+    return file.extents
 
 
 def _host_tier(

@@ -7,7 +7,9 @@ import math
 import shutil
 import sys
 import textwrap
-from typing import Any, Literal
+from typing import Any
+
+from .device_kinds import DEVICE_KINDS, LISTED
 
 # Exit statuses, beside 0.
 DIFFERENT = 1
@@ -16,12 +18,17 @@ FAILED = 2
 Commands = Any  # what add_subparsers returns; argparse keeps its name private
 
 
-def add_store(parser: argparse.ArgumentParser) -> None:
-    """Adds --store."""
+def add_store(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds --store.
+
+    Args:
+        parser: Of the command.
+        default: Says where weights rest without it.
+    """
     parser.add_argument(
         "--store",
         choices=("cpu", "disk"),
-        help="where weights rest (default: RAM for a GPU, disk where the CPU computes)",
+        help=f"where weights rest (default: {default})",
     )
 
 
@@ -30,11 +37,6 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object, sizes in bytes"
     )
-
-
-def usual_store(device: str) -> Literal["cpu", "disk"]:
-    """Returns where weights rest by default."""
-    return "disk" if device.startswith("cpu") else "cpu"
 
 
 def terminal_width() -> int:
@@ -71,6 +73,14 @@ def not_negative(text: str) -> float:
     if not (number >= 0 and math.isfinite(number)):
         raise argparse.ArgumentTypeError(f"{text!r} should be a number, 0 or more")
     return number
+
+
+def device(text: str) -> str:
+    """Reads a device's name, without torch to ask whether it is there."""
+    kind, colon, index = text.partition(":")
+    if kind not in DEVICE_KINDS or (colon and not index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device (known: {LISTED})")
+    return text
 
 
 def count(text: str) -> int:

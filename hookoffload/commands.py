@@ -16,7 +16,9 @@ from .command_options import (
     add_json,
     add_store,
     count,
+    device,
     emit,
+    not_negative,
     say,
     terminal_width,
 )
@@ -50,12 +52,13 @@ def _add_demo(commands: Commands) -> None:
     )
     demo.add_argument(
         "--limit-gb",
-        type=float,
+        type=not_negative,
         metavar="N",
         help="limit in GiB (default: an eighth of the model)",
     )
     demo.add_argument(
         "--device",
+        type=device,
         metavar="NAME",
         help="where to compute: cpu, cuda or xpu (default: a GPU if there is one)",
     )
@@ -142,7 +145,7 @@ def _add_bench(commands: Commands) -> None:
     bench.add_argument("folder", type=Path, help="config.json and safetensors files")
     bench.add_argument(
         "--limit-gb",
-        type=float,
+        type=not_negative,
         nargs="+",
         required=True,
         metavar="N",
@@ -167,9 +170,12 @@ def _add_bench(commands: Commands) -> None:
         ),
     )
     bench.add_argument(
-        "--device", metavar="NAME", help="where to compute (default: a GPU, else cpu)"
+        "--device",
+        type=device,
+        metavar="NAME",
+        help="where to compute (default: a GPU, else cpu)",
     )
-    add_store(bench)
+    add_store(bench, "RAM for a GPU, disk where the CPU computes")
     bench.add_argument(
         "--passes",
         type=count,
@@ -223,7 +229,7 @@ def _add_convert(commands: Commands) -> None:
         ),
     )
     convert.add_argument(
-        "source", metavar="SRC", help="a file, an index, a folder or a pattern"
+        "source", metavar="SRC", help="a file, an index, a folder or a quoted pattern"
     )
     convert.add_argument(
         "folder", metavar="DST", type=Path, help="the folder to write to"

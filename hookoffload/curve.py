@@ -10,24 +10,29 @@ from .cost import CurvePoint, Rates
 from .limits import checked_limit
 from .plan import Plan
 from .planner import make_plan
+from .priorities import priorities
 
 # Limits that a curve has by itself: enough to see its shape, few enough for a table.
 _STEPS = 8
+
+_Ranked = tuple[list[int], int]  # what `priorities` returns
 
 
 def curve_of(
     plan: Plan, limits_gb: Sequence[float] | None, rates: Rates | None
 ) -> list[CurvePoint]:
     """Plans anew for other limits; see `Plan.curve`."""
+    # The same at every limit, and most of the work where layers are many.
+    ranked = priorities(plan.layers, plan.order)
     if limits_gb is None:
-        limits: list[int | None] = list(_usual_limits(plan))
+        limits: list[int | None] = list(_usual_limits(plan, ranked))
     else:
         checked = [checked_limit("limits_gb", limit) for limit in limits_gb]
         limits = [None if gib is None else int(gib * GIB) for gib in checked]
-    return [_point(at_limit(plan, limit), limit, rates) for limit in limits]
+    return [_point(_at_limit(plan, limit, ranked), limit, rates) for limit in limits]
 
 
-def at_limit(plan: Plan, limit_bytes: int | None) -> Plan:
+def _at_limit(plan: Plan, limit_bytes: int | None, ranked: _Ranked) -> Plan:
     """Returns the plan of the same model at another limit."""
     made = make_plan(
         plan.layers,
@@ -37,6 +42,7 @@ def at_limit(plan: Plan, limit_bytes: int | None) -> Plan:
         always_bytes=plan.always_bytes,
         activation_bytes=plan.activation_bytes,
         code_share=plan.code_share,
+        ranked=ranked,
     )
     return replace(made, device=plan.device, rates=plan.rates)
 
@@ -47,9 +53,9 @@ def _point(plan: Plan, limit_bytes: int | None, rates: Rates | None) -> CurvePoi
     return CurvePoint(limit_bytes, seconds, plan.resident_bytes)
 
 
-def _usual_limits(plan: Plan) -> list[int]:
+def _usual_limits(plan: Plan, ranked: _Ranked) -> list[int]:
     """The least, where everything stays, and round numbers of GiB in between."""
-    whole = at_limit(plan, None)
+    whole = _at_limit(plan, None, ranked)
     least, most = plan.least_bytes, whole.total_bytes + whole.activation_bytes
     step = _round_step(most / _STEPS / GIB) * GIB
     between = [int(n * step) for n in range(1, _STEPS + 1)]

@@ -135,7 +135,7 @@ def _open_descriptor(path: Path, writable: bool) -> int:
     if path.suffix.lower() in PICKLED:
         raise CheckpointError(
             f"{path}: only safetensors files can be read from disk piece by piece. "
-            f"Convert it once: hookoffload convert {shlex.quote(path.name)} FOLDER"
+            f"Convert it once: hookoffload convert {shlex.quote(str(path))} FOLDER"
         )
     # O_NONBLOCK: opening a pipe by mistake must fail below, not wait for a writer.
     flags = os.O_RDWR if writable else os.O_RDONLY

@@ -14,15 +14,14 @@ from .command_options import (
     Commands,
     add_json,
     add_store,
+    device,
     emit,
     not_negative,
     positive,
     say,
     terminal_width,
-    usual_store,
 )
 from .cost import Rates
-from .device_kinds import DEVICE_KINDS, LISTED
 from .limits import checked_limit, to_bytes
 from .measured_rates import MeasuredRates, kept_rates
 from .plan import Plan
@@ -35,17 +34,17 @@ def add_plan(commands: Commands) -> None:
         "plan",
         help="say what a checkpoint would do under a limit; loads nothing",
         description=(
-            "Plans for a safetensors checkpoint from the headers of its files: what "
-            "stays on the device, what streams, and what a pass costs. Each tensor "
-            "counts as read by every pass. Seconds are predicted from the rates that "
-            "you give, else from those that hookoffload doctor measured on this "
-            "machine, and never guessed."
+            "Plans for a checkpoint, safetensors or GGUF, from the headers of its "
+            "files: what stays on the device, what streams, and what a pass costs. "
+            "Each tensor counts as read by every pass. Seconds are predicted from the "
+            "rates that you give, else from those that hookoffload doctor measured on "
+            "this machine, and never guessed."
         ),
     )
     plan.add_argument("path", type=Path, nargs="+", help="a file, an index or a folder")
     plan.add_argument(
         "--limit-gb",
-        type=float,
+        type=not_negative,
         metavar="N",
         help="limit in GiB; 0: as little as possible (default: none)",
     )
@@ -60,12 +59,12 @@ def add_plan(commands: Commands) -> None:
     )
     plan.add_argument(
         "--device",
-        type=_device,
+        type=device,
         default="cuda",
         metavar="NAME",
         help="where it would compute; it need not be there (default: cuda)",
     )
-    add_store(plan)
+    add_store(plan, "RAM, as with OffloadPolicy")
     plan.add_argument(
         "--activations-gb",
         type=not_negative,
@@ -108,20 +107,20 @@ def _run_plan(options: argparse.Namespace) -> int:
             f"--host-limit-gb {host_limit:g} keeps in files what is beyond it, which "
             "contradicts --store cpu: leave one of them out"
         )
-    store = options.store or usual_store(options.device)
     limit = checked_limit("limit_gb", options.limit_gb)
     measured = kept_rates(options.device, options.path)
     plan = plan_of_headers(
         options.path[0] if len(options.path) == 1 else options.path,
         Tiers(
             device=options.device,
-            on_disk=store == "disk",
+            on_disk=options.store == "disk",
             host_limit_bytes=None if host_limit is None else to_bytes(host_limit),
         ),
         limit_bytes=None if limit is None else to_bytes(limit),
         activation_bytes=int(options.activations_gb * GIB),
         rates=_rates_of(options, measured),
     )
+    plan = _named_seconds(plan)
     curve = plan.curve() if options.curve else None
     if options.json:
         record = plan_record(plan)
@@ -150,14 +149,6 @@ def _run_plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _device(text: str) -> str:
-    """Reads a device's name, as argparse wants it done; without torch to ask."""
-    kind, colon, index = text.partition(":")
-    if kind not in DEVICE_KINDS or (colon and not index.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device (known: {LISTED})")
-    return text
-
-
 def _rates_of(
     options: argparse.Namespace, measured: MeasuredRates | None
 ) -> Rates | None:
@@ -172,9 +163,26 @@ def _rates_of(
     return None if known == Rates() else known
 
 
+def _named_seconds(plan: Plan) -> Plan:
+    """Drops rates that tell nothing: a disk's, where all that is slow is the link."""
+    told = plan.predict()
+    if (
+        told is None
+        or told.seconds
+        or None not in (told.link_seconds, told.disk_seconds)
+    ):
+        return plan
+    return replace(plan, rates=None)
+
+
 def _hint(
     plan: Plan, options: argparse.Namespace, measured: MeasuredRates | None
 ) -> str:
+    if all(layer.in_place for layer in plan.layers):
+        return (
+            "The CPU reads weights in RAM where they lie, and no limit makes that "
+            "less: --store disk plans for weights that stay in their files."
+        )
     hints = []
     if measured is not None:
         link = measured.rates.link_bytes_per_second
@@ -191,7 +199,11 @@ def _hint(
             rates = ", ".join(used)
             hints.append(f"{rates}: measured by hookoffload doctor, {measured.day}.")
     if plan.rates is None:
-        hints.append("Run hookoffload doctor, or give --link-gb-s N, for seconds.")
+        option = "--link-gb-s" if plan.link_bytes else "--disk-gb-s"
+        hints.append(
+            f"For seconds, give {option} N, or run hookoffload doctor on the machine "
+            "that is to compute."
+        )
     if not plan.activation_bytes:
         hints.append("Activations are not counted: --activations-gb N leaves room.")
     return " ".join(hints)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .budget import format_gib, format_gib_up
@@ -78,28 +79,32 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
         plan: Any plan.
         width: The most columns; at very few, long names are cut to fit.
     """
-    limit = "none" if plan.limit_bytes is None else format_gib(plan.limit_bytes)
+    together = plan.total_bytes + plan.activation_bytes
+    size = partial(
+        format_gib, like=max(together, plan.limit_bytes or 0, plan.pass_bytes)
+    )
+    limit = "none" if plan.limit_bytes is None else size(plan.limit_bytes)
     coded = any(layer.decoded_bytes for layer in plan.layers)
     rows = [
         ("limit", limit, f"least {format_gib_up(plan.least_bytes)} GiB"),
-        ("residents", format_gib(plan.resident_bytes), _residents(plan)),
+        ("residents", size(plan.resident_bytes), _residents(plan, size)),
         (
             "window",
-            format_gib(plan.window_bytes),
-            f"{format_gib(plan.ring_bytes)} first in first out, "
-            f"{format_gib(plan.stack_bytes)} held",
+            size(plan.window_bytes),
+            f"{size(plan.ring_bytes)} first in first out, "
+            f"{size(plan.stack_bytes)} held",
         ),
         (
             "casts",
-            format_gib(plan.scratch_bytes),
-            f"and decoding, {format_gib(plan.decoded_bytes)} a pass" if coded else "",
+            size(plan.scratch_bytes),
+            f"and decoding, {size(plan.decoded_bytes)} a pass" if coded else "",
         ),
-        ("always there", format_gib(plan.always_bytes), ""),
-        ("activations", format_gib(plan.activation_bytes), ""),
-        ("together", format_gib(plan.total_bytes + plan.activation_bytes), ""),
+        ("always there", size(plan.always_bytes), ""),
+        ("activations", size(plan.activation_bytes), ""),
+        ("together", size(together), ""),
         (
             "copied per pass",
-            format_gib(plan.pass_bytes),
+            size(plan.pass_bytes),
             f"coded, {plan.coded_share:.1%} of the weights"
             if coded and plan.pass_bytes
             else "",
@@ -107,9 +112,9 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
     ]
     if plan.divided:
         waiting = sum(layer.host_bytes > 0 for layer in plan.layers)
-        rows.append(("in host RAM", format_gib(plan.host_bytes), f"{waiting} layers"))
+        rows.append(("in host RAM", size(plan.host_bytes), f"{waiting} layers"))
     if plan.disk_bytes:
-        rows.append(("read from disk", format_gib(plan.disk_bytes), "per pass"))
+        rows.append(("read from disk", size(plan.disk_bytes), "per pass"))
     prediction = plan.predict()
     if prediction is not None:
         rows.append(("predicted", _seconds(prediction), _parts(prediction)))
@@ -133,10 +138,11 @@ def format_curve(
     longest = max(timed, default=0.0)
     header = f"{'limit':>12} {'resident':>12}"
     if timed:
-        header += f" {'s a pass':>10}{', at least' if at_least else ''}"
+        header += f" {'>= s a pass' if at_least else 's a pass':>10}"
     lines = [header[:width]]
     for limit, seconds, resident in points:
-        name = "none" if limit is None else format_gib(limit)
+        # Rounded up: the least, and where everything stays, must be so as typed back.
+        name = "none" if limit is None else f"{format_gib_up(limit)} GiB"
         line = f"{name:>12} {format_gib(resident):>12}"
         if seconds is not None:
             room = max(width - len(line) - 12, 0)
@@ -193,11 +199,11 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _residents(plan: Plan) -> str:
+def _residents(plan: Plan, size: Callable[[int], str]) -> str:
     layers = f"{len(plan.resident)} layers"
     if not plan.kept_coded:
         return layers
-    nbytes = format_gib(plan.kept_coded_bytes)
+    nbytes = size(plan.kept_coded_bytes)
     return f"{layers}, {len(plan.kept_coded)} of them coded, {nbytes}"
 
 

@@ -27,6 +27,7 @@ def make_plan(
     activation_bytes: int = 0,
     keep_residents: bool = True,
     code_share: float = 1.0,
+    ranked: tuple[list[int], int] | None = None,
 ) -> Plan:
     """Chooses the residents and the size of the window.
 
@@ -50,6 +51,8 @@ def make_plan(
         keep_residents: False streams everything, as a first, measuring pass does.
         code_share: The share of what could be kept coded that may be; the rest is
             decoded once, when it becomes resident.
+        ranked: What `priorities` says of these layers in this order, for those who
+            make several plans: of tens of thousands of layers that is most of the work.
 
     Returns:
         The plan. It keeps the limit, activations included, unless these leave less
@@ -69,7 +72,7 @@ def make_plan(
         ([0, 4], True)
     """
     layers = tuple(layers)
-    priority, small_count = priorities(layers, order)
+    priority, small_count = ranked or priorities(layers, order)
     codable = codable_residents(layers, order, code_share)
     needs = _Needs(layers, chains, frozenset(priority), codable)
     least = _Least.of(layers, needs.chains, always_bytes)

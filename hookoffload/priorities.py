@@ -78,15 +78,14 @@ def _spread(
     middles: list[float] = []
     owners: list[int] = []
     slots: dict[int, list[int]] = {index: [] for index in group}
+    block_at = {index: block_of(layers[index].name) or index for index in group}
     blocks: dict[object, list[int]] = {}
     end = 0
     for index in order:
         start, end = end, end + layers[index].stream_bytes
         if index in members:
             if not slots[index]:
-                blocks.setdefault(block_of(layers[index].name) or index, []).append(
-                    index
-                )
+                blocks.setdefault(block_at[index], []).append(index)
             slots[index].append(len(owners))
             middles.append((start + end) / 2)
             owners.append(index)
@@ -106,7 +105,7 @@ def _spread(
         ):
             nearer = before
         taken = owners[nearer]
-        rest = blocks[block_of(layers[taken].name) or taken]
+        rest = blocks[block_at[taken]]
         if layers[rest[-1]].stream_bytes < layers[taken].stream_bytes:
             taken = rest[-1]
         rest.remove(taken)

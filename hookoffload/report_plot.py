@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ _LANES = (
 )
 
 
+_TITLE_COLUMNS = 108  # of letters as wide as most, in the width of the picture
+
+
 def save_picture(report: Report, path: str | os.PathLike[str]) -> None:
     """Draw a report; see `Report.plot`."""
     try:
@@ -46,9 +50,8 @@ def save_picture(report: Report, path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(11, 6), dpi=150, layout="constrained")
     kinds = kinds_of(report.timeline.memory)
     memory, lanes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    figure.suptitle(
-        f"{report.model} on {report.device}: {report.verdict()}", fontsize=11
-    )
+    title = f"{report.model} on {report.device}: {report.verdict()}"
+    figure.suptitle(textwrap.fill(title, _TITLE_COLUMNS), fontsize=11)
     _draw_memory(memory, report, kinds)
     _draw_lanes(lanes, report)
     with written_aside(path) as file:
@@ -145,7 +148,8 @@ def _draw_lanes(axes: Any, report: Report) -> None:
 
 
 def _unit(nbytes: int) -> tuple[str, int]:
+    """Return the unit of the axis: that of `format_gib`, as peak and limit are in."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= scale:
+        if nbytes * 100 >= scale:
             return unit, scale
     return "bytes", 1

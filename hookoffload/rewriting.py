@@ -15,7 +15,9 @@ from .conversion_cache import ConversionCache
 from .converting import Converter, convert
 from .progress import progress_bar
 from .safetensors_file import TensorLocation
+from .safetensors_header import CheckpointError
 from .safetensors_writer import Source, check_room, write_safetensors
+from .saved_gguf import packing_of
 from .saving import _METADATA, _divided, _size_in_bytes
 
 
@@ -66,6 +68,7 @@ def rewrite_checkpoint(
         if converter is not None:
             locations = convert(locations, converter, cache)
         held.callback(_close, locations)
+        _check_can_be_told(locations)
         sources = {
             name: Source(location.file.mapped(location), location.dtype, location)
             for name, location in locations.items()
@@ -103,6 +106,17 @@ def _scratch_of(folder: Path) -> Iterator[ConversionCache]:
         if fresh:
             with suppress(OSError):
                 folder.rmdir()  # only if nothing was written
+
+
+def _check_can_be_told(locations: dict[str, TensorLocation]) -> None:
+    """Refuses bytes that a safetensors file would hold without saying what they are."""
+    for name, location in locations.items():
+        if (packing := packing_of(location)) is not None:
+            raise CheckpointError(
+                f"{location.file.path}: {name!r} is packed as {packing}, which a "
+                "safetensors file cannot say. load_model takes the GGUF file as it is; "
+                "a converter can unpack it."
+            )
 
 
 def _close(locations: dict[str, TensorLocation]) -> None:

@@ -134,10 +134,7 @@ def _explain_start(path: Path, fd: int, size: int, length: int) -> str:
             "torch.load(weights_only=True) and safetensors.torch.save_file."
         )
     if start.startswith(b"GGUF"):
-        return (
-            "is a GGUF file. load_model reads those, if their names end with .gguf; "
-            "nothing else does."
-        )
+        return "is a GGUF file. load_model reads those, if their names end with .gguf."
     if length < 0:
         return f"has {size} bytes, too few for a safetensors file. {DAMAGED}"
     return (

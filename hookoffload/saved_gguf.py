@@ -80,7 +80,7 @@ def find_gguf(
     unusable = []
     any_gguf = any(isinstance(at.file, GgufFile) for at in locations.values())
     for name, location in locations.items():
-        packing = _packing_of(location)
+        packing = packing_of(location)
         prefix, _, key = name.rpartition(".")
         owner = modules.get(prefix)
         linear = key == "weight" and isinstance(owner, nn.Linear)
@@ -113,7 +113,8 @@ def find_gguf(
     return found
 
 
-def _packing_of(location: TensorLocation) -> str | None:
+def packing_of(location: TensorLocation) -> str | None:
+    """Return how a tensor of a GGUF file is packed; None if it is plain."""
     file = location.file
     return file.packings.get(location.name) if isinstance(file, GgufFile) else None
 

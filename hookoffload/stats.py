@@ -89,8 +89,9 @@ class OffloadStats:
 
     def __str__(self) -> str:
         limit = "none" if self.limit_bytes is None else format_gib(self.limit_bytes)
+        like = self.limit_bytes or self.peak_bytes
         kinds = ", ".join(
-            f"{kind} {format_gib(n)}" for kind, n in self.peak_by_kind.items()
+            f"{kind} {format_gib(n, like)}" for kind, n in self.peak_by_kind.items()
         )
         coded = ""
         if self.decoded_bytes:
@@ -101,7 +102,7 @@ class OffloadStats:
             if self.coded_resident_bytes:
                 coded += f", {format_gib(self.coded_resident_bytes)} resident so"
         return (
-            f"{self.forwards} forwards, peak {format_gib(self.peak_bytes)} "
+            f"{self.forwards} forwards, peak {format_gib(self.peak_bytes, like)} "
             f"(limit {limit}; {kinds or 'nothing of the library'}), "
             f"{format_gib(self.bytes_moved)} copied, "
             f"{self.stall_seconds:.3f} s stalled, "

@@ -69,7 +69,7 @@ def offload_plan(
     Args:
         models: an attached model; any other model, with a policy; several of either
             kind, as `attach_offload_hooks` takes them; or a checkpoint as `load_model`
-            takes it: a safetensors file, several, or a folder.
+            takes it: a safetensors or GGUF file, several, or a folder.
         policy: what to plan for; default for a checkpoint: unlimited. Its devices
             need not be there. An attached model has its own.
         rates: how fast the machine is; with them the plan says how long a pass takes.

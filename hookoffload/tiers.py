@@ -48,7 +48,12 @@ def host_tier(
         >>> sorted(host_tier(specs, range(8), 2 * 2**30))
         [3, 7]
     """
-    waiting = [replace(layer, can_stay=layer.host_bytes > 0) for layer in layers]
+    waiting = [
+        layer
+        if layer.can_stay == (layer.host_bytes > 0)
+        else replace(layer, can_stay=not layer.can_stay)
+        for layer in layers
+    ]
     ranked, _ = priorities(tuple(waiting), order)
     visited = set(order)
     backwards = [index for index in reversed(ranked) if index in visited]

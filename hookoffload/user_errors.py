@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 # What its reader can do something about; anything else is a bug, with a traceback.
-EXPECTED_ERRORS = (MemoryError, OSError, RuntimeError, ValueError)
+# An `ImportError` names the extra that brings what is not installed.
+EXPECTED_ERRORS = (ImportError, MemoryError, OSError, RuntimeError, ValueError)
 
 
 def one_line(error: BaseException) -> str:

@@ -335,7 +335,7 @@ def test_device_that_is_not_there_is_told(
         (f"--input={SAMPLES}misfitting", "TypeError"),
         ("--passes=0", "--passes"),
         ("--passes=many", "--passes"),
-        ("--limit-gb=-1", "limit_gb=-1.0"),
+        ("--limit-gb=-1", "'-1' should be a number, 0 or more"),
         ("--store=cloud", "cloud"),
     ],
 )

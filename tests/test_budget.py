@@ -282,3 +282,14 @@ def test_an_interrupt_in_a_shared_budget_is_corrected_by_what_there_is(
     assert (one.used, total.by_kind()) == (0, {"residents": 20})
     other.release("residents", 20)
     assert total.used == 0
+
+
+def test_refusal_has_its_figures_in_one_unit() -> None:
+    limit = 2**30 // 10
+    budget = MemoryBudget(limit)
+    budget.reserve("residents", 2**20)
+    with pytest.raises(BudgetExceededError) as refused:
+        budget.reserve("window", limit)
+    text = str(refused.value)
+    assert "(residents 0.000977 GiB)" in text
+    assert "MiB" not in text

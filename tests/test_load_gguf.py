@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from hookoffload import OffloadPolicy, detach, load_model, offload_stats
+from hookoffload import OffloadPolicy, detach, load_model, offload_plan, offload_stats
+from hookoffload.cli import main
 from hookoffload.gguf_file import GgufFile
 from hookoffload.safetensors_header import CheckpointError
 from tests.quantised_models import KINDS, WIDTH, linears, rows
 from tests.quantised_models import gguf as packed_by
 from tests.samples import run, same_bits
+from tests.test_cli import error_of
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("diffusers")
@@ -366,3 +368,37 @@ def test_without_the_package_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hookoffload\[gguf\]'"):
         load_model(linears, path, _policy(tmp_path))
+
+
+def test_plan_is_made_of_a_files_header(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = packed_by("Q8_0")
+    path = _saved(source, tmp_path)
+    policy = OffloadPolicy(limit_gb=0, compute_device="cuda")
+    plan, attached = offload_plan(path, policy), offload_plan(source, policy)
+    assert plan.pass_bytes == attached.pass_bytes > 0
+    assert {layer.name for layer in plan.layers} == {
+        layer.name for layer in attached.layers
+    }
+    assert main(["plan", str(path), "--limit-gb=0"]) == 0
+    assert str(plan) in capsys.readouterr().out
+
+
+def test_convert_leaves_packed_weights_to_those_that_know_what_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _saved(packed_by("Q8_0"), tmp_path)
+    error = error_of(capsys, "convert", str(path), str(tmp_path / "out"))
+    assert "'0.weight' is packed as Q8_0" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_without_the_package_gguf_names_the_extra(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = _saved(packed_by("Q8_0"), tmp_path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "hookoffload[gguf]" in error_of(capsys, "plan", str(path))

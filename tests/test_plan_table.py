@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from hookoffload import BudgetExceededError, Rates
+from hookoffload import BudgetExceededError, Rates, curve, planner
 from hookoffload.cost import COPIES_SLOW_COMPUTE, Prediction, predict
 from hookoffload.plan import LayerSpec, Plan
 from hookoffload.plan_table import format_curve, format_plan, groups_of, plan_record
 from hookoffload.planner import make_plan
+from hookoffload.priorities import priorities
 
 MIB = 2**20
 GIB = 2**30
@@ -226,11 +228,31 @@ def test_curve_of_a_model_that_moves_nothing_is_one_point() -> None:
 def test_curve_shows_a_bar_for_each_second() -> None:
     plan = plan_of(blocks(), 0, Rates(link_bytes_per_second=GIB, compute_seconds=0.5))
     lines = format_curve(plan.curve([0, 0.8]), 60).splitlines()
-    assert "at least" not in lines[0]
+    assert ">=" not in lines[0]
     assert lines[1].split()[-2] == "1.000"
     full, half = (line.count("#") for line in lines[1:])
     assert 0.45 * full < half < 0.55 * full
-    assert "at least" in format_curve(plan.curve(), 60, at_least=True)
+    assert ">= s a pass" in format_curve(plan.curve(), 40, at_least=True)
+
+
+def test_curve_ranks_the_layers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(blocks(), 0)
+    ranked: list[Any] = []
+
+    def counted(*args: Any) -> Any:
+        ranked.append(args)
+        return priorities(*args)
+
+    monkeypatch.setattr(planner, "priorities", counted)
+    monkeypatch.setattr(curve, "priorities", counted, raising=False)
+    assert len(plan.curve()) > 4
+    assert len(ranked) == 1
+
+
+def test_curve_names_limits_that_do_as_they_are_typed_back() -> None:
+    plan = plan_of(blocks(nbytes=67 * MIB), 0)
+    least = format_curve(plan.curve(), 60).splitlines()[1].split()[0]
+    assert plan.curve([float(least)])
 
 
 # -- the table ----------------------------------------------------------------------
@@ -276,6 +298,18 @@ def test_table_fits_any_terminal(width: int, dtype: str) -> None:
         assert "streamed" in text
         curve = format_curve(plan.curve(), width, at_least=True)
         assert max(map(len, curve.splitlines())) <= width
+
+
+def test_summary_has_its_figures_in_one_unit() -> None:
+    layers = blocks(count=8, nbytes=MIB)
+    summary, _, table = format_plan(plan_of(layers, 4 * MIB)).partition("  layers")
+    assert table
+    units = re.findall(r"\b[GMK]iB\b|\bbytes\b", summary)
+    assert len(units) > 8
+    assert len(set(units) - {"GiB"}) <= 1
+    assert "  limit             4.000 MiB" in summary
+    rows = [row for row in summary.splitlines() if "least" not in row]
+    assert not any("GiB" in row for row in rows)
 
 
 def test_narrow_table_says_the_same_as_the_wide_one() -> None:

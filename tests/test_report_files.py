@@ -191,6 +191,31 @@ def test_a_picture_in_an_unknown_format_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_picture_says_all_of_its_title_in_one_unit(
+    found: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    made: list[Any] = []
+
+    class Watched(figures.Figure):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            made.append(self)
+
+    monkeypatch.setattr(figures, "Figure", Watched)
+    stats = dataclasses.replace(
+        found.stats, limit_bytes=2**30 // 8, peak_bytes=2**30 // 10
+    )
+    name = "SomeTransformerWithALongName" * 3
+    dataclasses.replace(found, model=name, stats=stats).plot(tmp_path / "run.png")
+    [figure] = made
+    box = figure._suptitle.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    memory = figure.axes[0]
+    assert memory.get_ylabel() == "GiB"
+    assert memory.get_title(loc="left") == "peak 0.100 GiB"
+
+
 def test_without_matplotlib_the_error_names_the_extra(
     found: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,16 @@ pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="needs a browser: apt-get install chromium"
 )
 
-DESKTOP, PHONE = (1280, 900), (390, 844)
+DESKTOP, PHONE = (1280, 900), (360, 740)
+
+OUTPUT = Path(__file__).parent / "output"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Path:
+    """Return the folder of pictures that a person can look at after the tests."""
+    OUTPUT.mkdir(exist_ok=True)
+    return OUTPUT
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +212,7 @@ def test_stalls_are_drawn_in_their_colour(page: Page, path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_readable_in_light_and_dark(
-    page: Page, path: Path, tmp_path: Path, scheme: str
+    page: Page, path: Path, pictures: Path, scheme: str
 ) -> None:
     page.scheme(scheme)
     page.open(path)
@@ -221,7 +230,7 @@ def test_the_page_is_readable_in_light_and_dark(
             "return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); })()"
         )
         assert contrast >= 4.5, f"{element} in {scheme}: {contrast:.2f}"
-    picture = page.screenshot(tmp_path / f"{scheme}.png")
+    picture = page.screenshot(pictures / f"report_{scheme}.png")
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
 
@@ -238,7 +247,7 @@ def test_the_lanes_follow_a_change_of_scheme(page: Page, path: Path) -> None:
 
 
 def test_on_a_phone_the_page_does_not_scroll_sideways(
-    page: Page, path: Path, found: Report, tmp_path: Path
+    page: Page, path: Path, found: Report, pictures: Path
 ) -> None:
     page.size(*PHONE, phone=True)
     page.open(path)
@@ -256,7 +265,7 @@ def test_on_a_phone_the_page_does_not_scroll_sideways(
     shown = box_of(page, "tip")
     assert shown["left"] >= 0
     assert shown["right"] <= PHONE[0]
-    assert len(page.screenshot(tmp_path / "phone.png")) > 20_000
+    assert len(page.screenshot(pictures / "report_phone.png")) > 20_000
 
 
 def test_odd_names_of_layers_are_shown_as_they_are(page: Page, tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def test_plan_runs_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     ended = run(COMMAND, "plan", path, "--limit-gb=0.001", *rates)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "blocks.0-7.up" in ended.stdout
-    ended = run(COMMAND, "plan", path, "--limit-gb=0", "--device=cpu", "--json")
+    options = ("--limit-gb=0", "--device=cpu", "--store=disk", "--json")
+    ended = run(COMMAND, "plan", path, *options)
     assert json.loads(ended.stdout)["disk_bytes"] == 8 * 512 * 512
 
 
