@@ -264,6 +264,11 @@ class Master:
         self.note_change()
         return True
 
+    @property
+    def lies_in_private_map(self) -> bool:
+        """Whether it rests in a file of the user, mapped so that writes stay here."""
+        return self.location is not None and not self.location.file.writable_shared
+
     def _is_own_value(self, member: Member) -> bool:
         """Tell whether a forward gave a member its own value in another dtype."""
         value, computed = member.tensor.data, self.codec.compute
@@ -299,7 +304,7 @@ class Master:
         """Note that the bytes at rest are not those that were copied before."""
         self.dirty = True
         self.revision += 1
-        if self.location is not None and not self.location.file.writable_shared:
+        if self.lies_in_private_map:
             # The private map of a user's file holds the new values; the file does not.
             self.location = None
 

@@ -147,6 +147,7 @@ class Ownership:
         session.root.forget_calls()
         self._end_outermost_call()
         session.state_hooks.forget_calls()
+        session.merges.take_over()  # while residents have what was merged
         session.edits.untie()  # before what is bound is taken for a forward's doing
         session.mover.drop_all()
         session.passes.interrupted()
