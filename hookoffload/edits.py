@@ -93,15 +93,16 @@ class Edits:
         """Part tensors that were given other data from what they shared memory with.
 
         ``tensor.data = new`` gives one of them new bytes, and must not change those
-        of the others. New strides need a master of their own as well. The masters of
-        those that are alone now belong to no layer until layers are made anew.
+        of the others. New strides need a master of their own as well, and so does
+        another shape (``resize_token_embeddings``). The masters of those that are alone
+        now belong to no layer until layers are made anew.
         """
         session = self._session
         for master, member in session.inventory.given_other_data():
             if member not in master.members:
                 continue  # parted already, and not yet taken stock of
             shared = len(master.members) > 1 or member.tensor.stride() != member.stride
-            if shared and master.is_same(member):
+            if (shared and master.is_same(member)) or master.is_resized(member):
                 alone = master.split_off(member)
                 self.parted.append(alone)
                 session.masters[id(member.tensor)] = alone

@@ -279,7 +279,7 @@ class Master:
 
     def check_same(self, member: Member) -> None:
         """Raise if a member that is bound between passes was moved or cast."""
-        if not self.is_same(member):
+        if not self.is_same(member) and not self.is_resized(member):
             self._refuse_move(member)
 
     @staticmethod
@@ -288,6 +288,18 @@ class Master:
         tensor = member.tensor
         same = (tensor.shape, tensor.dtype) == (member.shape, member.rest.dtype)
         return same and not tensor.is_meta
+
+    @staticmethod
+    def is_resized(member: Member) -> bool:
+        """Tell whether a member was given data of another shape, otherwise as at rest.
+
+        That is how token embeddings grow. A part of a packed tensor has the shape that
+        its wrapper says.
+        """
+        tensor = member.tensor
+        itself = any(holder is tensor for holder in member.holders)
+        alike = tensor.dtype == member.rest.dtype and not tensor.is_meta
+        return itself and alike and tensor.shape != member.shape
 
     @staticmethod
     def _refuse_move(member: Member) -> NoReturn:

@@ -98,7 +98,7 @@ class Ownership:
             self.require_no_call(what)
             # Or they would go with the copies that wait in RAM.
             session.edits.take_over_writes()
-            if what != "detach":
+            if what not in ("detach", "set_limit"):  # that knows the limit to come
                 session.edits.take_over_untied()
             yield
         except BaseException as error:
