@@ -50,9 +50,12 @@ class Edits:
 
     def take_over_writes(self) -> None:
         """Notice what was merged, and what whoever has a state dict wrote to it."""
-        session = self._session
-        session.merges.take_over()
-        for written in session.inventory.written_by_holders():
+        self._session.merges.take_over()
+        self.take_over_held()
+
+    def take_over_held(self) -> None:
+        """Notice what whoever has a state dict wrote to it."""
+        for written in self._session.inventory.written_by_holders():
             self.note_write(written)
 
     def take_over_replaced(self) -> None:

@@ -79,7 +79,7 @@ class Passes:
             for master, member in moved:
                 master.check_same(member)
             session.edits.sync_masters()
-        session.edits.take_over_writes()
+        session.edits.take_over_held()
         session.merges.forget_unwrapped()
         measured = session.meter.take()
         if measured is not None:

@@ -303,3 +303,34 @@ def test_transformers_resizes_token_embeddings(
     assert_alike(model, twin)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
     assert same_bits(run(model, ids).logits, run(twin, ids).logits)
+
+
+def test_textual_inversion_brings_tokens_into_a_pipeline() -> None:
+    from .tiny_pipelines import stable_diffusion
+
+    pictures: list[list[torch.Tensor]] = [[], []]
+    for attached, seen in zip((False, True), pictures, strict=True):
+        torch.manual_seed(0)
+        pipe, options = stable_diffusion()
+        if attached:
+            size = weight_bytes(pipe.unet) + weight_bytes(pipe.vae)
+            policy = OffloadPolicy(
+                store="disk", limit_gb=0.7 * size / GIB, compute_device="cpu"
+            )
+            attach_offload_hooks(pipe, policy)
+        for token in (None, "cat", "dog"):
+            if token is not None:
+                torch.manual_seed(4)
+                pipe.load_textual_inversion(torch.randn(2, 32), token=token)
+            for _ in range(2):
+                generator = torch.Generator().manual_seed(3)
+                options |= {"generator": generator, "output_type": "pt"}
+                found = pipe("w1 cat dog", num_inference_steps=2, **options)
+                seen.append(found.images)
+        if attached:
+            detach(pipe)
+        seen.append(pipe.text_encoder.get_input_embeddings().weight.detach())
+    for want, got in zip(*pictures, strict=True):
+        assert same_bits(got, want)
+    assert not torch.equal(pictures[0][0], pictures[0][2])
+    assert not torch.equal(pictures[0][2], pictures[0][4])
