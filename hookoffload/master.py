@@ -92,6 +92,13 @@ class Master:
         mine = {id(member.tensor) for member in self.members}
         return mine == {id(managed.tensor) for managed in group.members}
 
+    def rename(self, group: TensorGroup) -> None:
+        """Take the names that a group's tensors have by now: modules may be wrapped."""
+        names = {id(managed.tensor): managed.name for managed in group.members}
+        self.name = group.name
+        for member in self.members:
+            member.name = names[id(member.tensor)]
+
     @property
     def source(self) -> TensorLocation | None:
         """Where in a file what is copied lies; None if it lies in host RAM."""

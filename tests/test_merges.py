@@ -315,6 +315,42 @@ def test_only_what_was_merged_leaves_the_file(tmp_path: Path) -> None:
     side.detach()
 
 
+class Tokens(nn.Module):
+    """An embedding, and a layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, WIDTH)
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.up(self.embed(ids))
+        return out
+
+
+@pytest.mark.parametrize("limit_gb", [0, None])
+def test_what_a_wrapper_reads_of_a_weight_joins_it_by_its_new_name(
+    limit_gb: float | None,
+) -> None:
+    """peft's layer for single tokens reads the table of the embedding inside it."""
+    model = Tokens()
+    attach_offload_hooks(model, policy({"compute_dtype": WIDE, "limit_gb": limit_gb}))
+    ids = torch.arange(8)
+    run(model, ids)
+    config = peft.LoraConfig(
+        target_modules=["up"],
+        trainable_token_indices={"embed": [1, 3]},
+        init_lora_weights=False,
+    )
+    wrapped = peft.get_peft_model(model, config)
+    outputs = [run(model, ids) for _ in range(4)]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
+    wrapped.merge_adapter()
+    torch.testing.assert_close(run(model, ids).float(), outputs[0].float())
+    detach(model)
+
+
 def test_diffusers_fuses_and_unfuses() -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
