@@ -95,9 +95,13 @@ def assemble(
     def master_of(
         group: TensorGroup, *, always: bool = False, on_disk: bool = False
     ) -> Master:
-        master = _known(group, known) or make_master(
-            group, policy, locations, always=always, on_disk=on_disk
-        )
+        master = _known(group, known)
+        if master is not None:
+            master.rename(group)
+        else:
+            master = make_master(
+                group, policy, locations, always=always, on_disk=on_disk
+            )
         masters[id(group.members[0].tensor)] = master
         return master
 

@@ -6,10 +6,12 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from .master import Master
-from .member import version_of
-from .registered import check_packed, check_tensors
+from .member import Member, version_of
+from .private_pages import can_be_told, written_privately
+from .registered import check_packed, check_tensors, plain_tensors
 from .wrappers import require_undivided
 
 if TYPE_CHECKING:
@@ -41,14 +43,19 @@ class Edits:
         Returns:
             Whether layers and sites were made anew.
         """
+        self._session.merges.unmerge_disabled()
         self.take_over_writes()
         renewed = self._session.rebuilding.finish()
         return self.take_over_untied() or renewed
 
     def take_over_writes(self) -> None:
+        """Notice what was merged, and what whoever has a state dict wrote to it."""
+        self._session.merges.take_over()
+        self.take_over_held()
+
+    def take_over_held(self) -> None:
         """Notice what whoever has a state dict wrote to it."""
-        session = self._session
-        for written in session.inventory.written_by_holders():
+        for written in self._session.inventory.written_by_holders():
             self.note_write(written)
 
     def take_over_replaced(self) -> None:
@@ -89,15 +96,16 @@ class Edits:
         """Part tensors that were given other data from what they shared memory with.
 
         ``tensor.data = new`` gives one of them new bytes, and must not change those
-        of the others. New strides need a master of their own as well. The masters of
-        those that are alone now belong to no layer until layers are made anew.
+        of the others. New strides need a master of their own as well, and so does
+        another shape (``resize_token_embeddings``). The masters of those that are alone
+        now belong to no layer until layers are made anew.
         """
         session = self._session
         for master, member in session.inventory.given_other_data():
             if member not in master.members:
                 continue  # parted already, and not yet taken stock of
             shared = len(master.members) > 1 or member.tensor.stride() != member.stride
-            if shared and master.is_same(member):
+            if (shared and master.is_same(member)) or master.is_resized(member):
                 alone = master.split_off(member)
                 self.parted.append(alone)
                 session.masters[id(member.tensor)] = alone
@@ -129,6 +137,33 @@ class Edits:
                 session.mover.plan = None  # so that it is made resident again
         session.hooks.hang_if_needed()
 
+    def note_data_writes(self, module: nn.Module) -> None:
+        """Take weights as they are now, which may have been written to uncounted.
+
+        Args:
+            module: the one that they belong to, see [Note: merges].
+        """
+        session = self._session
+        bound = {
+            id(master)
+            for layer in session.layers
+            if layer.stays_bound
+            for master in layer.masters
+        }
+        with torch.inference_mode(False):
+            for _, tensor in plain_tensors(module):
+                found = session.inventory.find(tensor)
+                if found is None:
+                    continue
+                master, member = found
+                if id(master) in bound:
+                    _take_resident(master, member)
+                elif master.lies_in_private_map and can_be_told():
+                    if any(written_privately([master.flat])):
+                        master.note_change()
+                else:
+                    master.note_change()
+
     @staticmethod
     def _tell_of_two_writes(master: Master) -> None:
         """Warn where a resident was written to as well: one of both must be lost."""
@@ -141,3 +176,14 @@ class Edits:
                     "or call offload(model) before them",
                     member.name,
                 )
+
+
+def _take_resident(master: Master, member: Member) -> None:
+    """Copy the value of a member that is bound between passes into its master."""
+    value = member.tensor.data
+    if value.data_ptr() != member.bound_pointer or not member.lies_as_before():
+        return  # not bound, or given other data, which is noticed by itself
+    value = value.to(member.rest.device)
+    if not torch.equal(value, member.rest):
+        member.rest.copy_(value)
+        master.note_change()

@@ -55,7 +55,8 @@ class LimitChanges:
             CheckpointError: The disk refuses; the old limits stand.
         """
         session = self._session
-        if session.inventory.replaced():
+        session.edits.untie()
+        if session.inventory.replaced() or session.edits.parted:
             self._take_over_replaced(policy)
         anew = policy.host_limit_bytes != session.policy.host_limit_bytes
         units = session.units.now
@@ -79,7 +80,7 @@ class LimitChanges:
         session.hooks.hang_all()
 
     def _take_over_replaced(self, policy: ResolvedPolicy) -> None:
-        """Manage what replaced parameters: layers that are made anew hide it."""
+        """Manage what replaced parameters or their data; new layers hide it."""
         session = self._session
         session.planner.follow(policy)  # the old limit may be below what they need
         try:

@@ -92,6 +92,13 @@ class Master:
         mine = {id(member.tensor) for member in self.members}
         return mine == {id(managed.tensor) for managed in group.members}
 
+    def rename(self, group: TensorGroup) -> None:
+        """Take the names that a group's tensors have by now: modules may be wrapped."""
+        names = {id(managed.tensor): managed.name for managed in group.members}
+        self.name = group.name
+        for member in self.members:
+            member.name = names[id(member.tensor)]
+
     @property
     def source(self) -> TensorLocation | None:
         """Where in a file what is copied lies; None if it lies in host RAM."""
@@ -264,6 +271,11 @@ class Master:
         self.note_change()
         return True
 
+    @property
+    def lies_in_private_map(self) -> bool:
+        """Whether it rests in a file of the user, mapped so that writes stay here."""
+        return self.location is not None and not self.location.file.writable_shared
+
     def _is_own_value(self, member: Member) -> bool:
         """Tell whether a forward gave a member its own value in another dtype."""
         value, computed = member.tensor.data, self.codec.compute
@@ -274,7 +286,7 @@ class Master:
 
     def check_same(self, member: Member) -> None:
         """Raise if a member that is bound between passes was moved or cast."""
-        if not self.is_same(member):
+        if not self.is_same(member) and not self.is_resized(member):
             self._refuse_move(member)
 
     @staticmethod
@@ -283,6 +295,18 @@ class Master:
         tensor = member.tensor
         same = (tensor.shape, tensor.dtype) == (member.shape, member.rest.dtype)
         return same and not tensor.is_meta
+
+    @staticmethod
+    def is_resized(member: Member) -> bool:
+        """Tell whether a member was given data of another shape, otherwise as at rest.
+
+        That is how token embeddings grow. A part of a packed tensor has the shape that
+        its wrapper says.
+        """
+        tensor = member.tensor
+        itself = any(holder is tensor for holder in member.holders)
+        alike = tensor.dtype == member.rest.dtype and not tensor.is_meta
+        return itself and alike and tensor.shape != member.shape
 
     @staticmethod
     def _refuse_move(member: Member) -> NoReturn:
@@ -299,7 +323,7 @@ class Master:
         """Note that the bytes at rest are not those that were copied before."""
         self.dirty = True
         self.revision += 1
-        if self.location is not None and not self.location.file.writable_shared:
+        if self.lies_in_private_map:
             # The private map of a user's file holds the new values; the file does not.
             self.location = None
 

@@ -15,7 +15,8 @@ the optimizer and tied modules go on holding. Three values take turns there:
 ``.data`` keeps the version counter of the object, so one counter tells of writes to
 any of the three. Writes through ``tensor.data.mul_()`` escape it: PyTorch gives
 ``.data`` a counter of its own. They are safe behind ``offload(model)``, when
-everything rests and nothing has been copied ahead; otherwise they may be lost.
+everything rests and nothing has been copied ahead; otherwise they may be lost. Those of
+peft's merges are noticed by what peft says of them, see [Note: merges].
 """
 
 from __future__ import annotations

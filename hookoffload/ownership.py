@@ -98,7 +98,7 @@ class Ownership:
             self.require_no_call(what)
             # Or they would go with the copies that wait in RAM.
             session.edits.take_over_writes()
-            if what != "detach":
+            if what not in ("detach", "set_limit"):  # that knows the limit to come
                 session.edits.take_over_untied()
             yield
         except BaseException as error:
@@ -147,6 +147,7 @@ class Ownership:
         session.root.forget_calls()
         self._end_outermost_call()
         session.state_hooks.forget_calls()
+        session.merges.take_over()  # while residents have what was merged
         session.edits.untie()  # before what is bound is taken for a forward's doing
         session.mover.drop_all()
         session.passes.interrupted()

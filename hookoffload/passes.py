@@ -69,6 +69,8 @@ class Passes:
         self._autocast_cache = torch.is_autocast_cache_enabled()
         if is_under_fsdp(session.model):
             require_undivided(session.model)
+        session.merges.unmerge_disabled()
+        session.merges.take_over()  # before residents go, or what they have goes too
         if session.inventory.replaced() and not in_functional_call():
             with torch.inference_mode(False):
                 session.edits.take_over_replaced()
@@ -77,7 +79,8 @@ class Passes:
             for master, member in moved:
                 master.check_same(member)
             session.edits.sync_masters()
-        session.edits.take_over_writes()
+        session.edits.take_over_held()
+        session.merges.forget_unwrapped()
         measured = session.meter.take()
         if measured is not None:
             with torch.inference_mode(False):

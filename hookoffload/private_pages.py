@@ -13,7 +13,13 @@ _FILE_PAGE = 1 << 61
 _SWAPPED = 1 << 62
 _PRESENT = -(1 << 63)  # bit 63, in a signed integer
 
+_TABLE = "/proc/self/pagemap"
 _ENTRIES_AT_ONCE = 2**17  # 1 MiB of entries, for 512 MiB of memory
+
+
+def can_be_told() -> bool:
+    """Tell whether the system says which memory was written to."""
+    return os.access(_TABLE, os.R_OK)
 
 
 def written_privately(tensors: Iterable[torch.Tensor]) -> Iterator[bool]:
@@ -26,7 +32,7 @@ def written_privately(tensors: Iterable[torch.Tensor]) -> Iterator[bool]:
         False too where the system does not say (it is not Linux, or hides the table).
     """
     try:
-        table = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        table = os.open(_TABLE, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         yield from (False for _ in tensors)
         return

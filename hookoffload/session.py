@@ -30,6 +30,7 @@ from .layer import Layer
 from .limit_changes import LimitChanges
 from .master import Master
 from .measured_pass import PassMeter
+from .merges import Merges
 from .model_placement import ModelPlacement
 from .mover import LayerMover
 from .ownership import Ownership
@@ -124,6 +125,7 @@ class Session(NotCopied):
         self._copied: frozenset[int]  # ids of masters that are not used where they rest
         self.placement = ModelPlacement(self)
         self.edits = Edits(self)
+        self.merges = Merges(self)
         self.limits = LimitChanges(self)
         self.units = Units(self)
         self.rebuilding = Rebuilding(self)
@@ -235,6 +237,7 @@ class Session(NotCopied):
         """Look which tensors the model has, to notice what becomes of them."""
         masters = (*self.moved_masters, *self.always.masters)
         self.inventory.renew(self.model, masters)
+        self.merges.take_stock()
 
     # -- begin and end --------------------------------------------------------------
 
@@ -303,6 +306,7 @@ class Session(NotCopied):
         self.sites, self.entries, self.root_site = [], [], None
         self.layers, self.masters, self.moved_masters = [], {}, []
         self.edits.forget()
+        self.merges.forget()
         self.mover.set_layers((), ())
         self.store.masters = []
         self.state_hooks.forget()
