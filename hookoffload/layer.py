@@ -313,12 +313,13 @@ class Layer:
     def can_stay_bound(self) -> bool:
         """Whether a resident is what the forward reads, in the dtype at rest.
 
-        Only then may members point at it between passes: ``.dtype`` stays right.
+        Only then may members point at it between passes: ``.dtype`` stays right. Where
+        peft merges between passes, base and adapters must lie on one device.
         """
         return not self.keeps_code and all(
             piece.resident_scratch_offset is None
             and not piece.master.codec.scaled
             and piece.master.codec.resident == piece.master.codec.rest
-            and all(member.stays for member in piece.master.members)
+            and all(m.stays and not m.merges for m in piece.master.members)
             for piece in self.pieces
         )

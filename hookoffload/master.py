@@ -94,10 +94,11 @@ class Master:
 
     def rename(self, group: TensorGroup) -> None:
         """Take the names that a group's tensors have by now: modules may be wrapped."""
-        names = {id(managed.tensor): managed.name for managed in group.members}
+        managed = {id(one.tensor): one for one in group.members}
         self.name = group.name
         for member in self.members:
-            member.name = names[id(member.tensor)]
+            now = managed[id(member.tensor)]
+            member.name, member.merges = now.name, now.merges
 
     @property
     def source(self) -> TensorLocation | None:

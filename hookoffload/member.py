@@ -39,6 +39,7 @@ class Member:
         "dtype",
         "holders",
         "location_in_master",
+        "merges",
         "name",
         "rest",
         "rest_pointer",
@@ -57,6 +58,7 @@ class Member:
         self.tensor = tensor
         self.castable = managed.castable
         self.stays = self.stays_by_class = managed.stays
+        self.merges = managed.merges
         # What is registered: itself, unless it is a part, see [Note: packed tensors].
         self.holders = tuple(managed.holders)
         self.wrappers = managed.wrappers

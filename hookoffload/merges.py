@@ -30,18 +30,11 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from .adapter_layers import BASE, has_merges
 from .member import version_of
 
 if TYPE_CHECKING:
     from .session import Session
-
-# The child of a layer of adapters that it was made around.
-_BASE = "base_layer"
-
-
-def _has_merges(module: nn.Module) -> bool:
-    """Tell whether a module is a layer of adapters, without importing peft."""
-    return hasattr(type(module), "merged_adapters") and _BASE in module._modules
 
 
 class _Watched:
@@ -63,7 +56,7 @@ class _Watched:
             return ()
         if names != self._names:
             own = self.layer.named_parameters()
-            self._adapters = [p for n, p in own if not n.startswith(_BASE)]
+            self._adapters = [p for n, p in own if not n.startswith(BASE)]
             self._names = names
         scaling = getattr(self.layer, "scaling", None)
         scales = dict(scaling) if isinstance(scaling, dict) else None
@@ -96,7 +89,7 @@ class Merges:
         """Look which layers of adapters the model has."""
         found = {}
         for module in self._session.model.modules():
-            if _has_merges(module):
+            if has_merges(module):
                 known = self._watched.get(id(module))
                 found[id(module)] = known or _Watched(module)
                 found[id(module)].forget_adapters()
@@ -128,7 +121,7 @@ class Merges:
         for watched in list(self._watched.values()):
             merged = watched.merged()
             if merged != watched.seen:
-                base = watched.layer._modules[_BASE]
+                base = watched.layer._modules[BASE]
                 self._session.edits.note_data_writes(base)
                 watched.seen = merged
             path = watched.taken()
@@ -172,7 +165,7 @@ def _leave(merges: Merges) -> None:
 
 def _registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
     """Hear of every child that any module is given."""
-    if name == _BASE and child is not None and hasattr(type(module), "merged_adapters"):
+    if name == BASE and child is not None and hasattr(type(module), "merged_adapters"):
         following: Iterable[Merges] = list(_FOLLOWING)
         for merges in following:
             merges.wrapped(module, child)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .adapter_layers import modules_that_merge
 from .codec import is_castable
 from .packed import (
     Wrapper,
@@ -44,6 +45,8 @@ class ManagedTensor:
         path: where a part is found in its wrapper, which makes its name whole.
         castable: whether it may change its dtype.
         stays: False if its module's forward gives it other data.
+        merges: whether adapters may be added to it, or belong to what they are added
+            to, between two forwards.
         multiplies: whether it is the weight of Linear layers and nothing else.
     """
 
@@ -57,6 +60,7 @@ class ManagedTensor:
     path: str = ""
     castable: bool = False
     stays: bool = True
+    merges: bool = False
     multiplies: bool = False
 
 
@@ -90,6 +94,7 @@ def group_tensors(
 ) -> tuple[list[ManagedTensor], list[TensorGroup]]:
     """List a model's tensor objects, and group those whose bytes overlap."""
     found: dict[int, ManagedTensor] = {}
+    merging = modules_that_merge(model)
     for name, module, registered, is_buffer in _registered(model):
         key = name.rpartition(".")[2]
         kept = not is_buffer or key not in module._non_persistent_buffers_set
@@ -102,6 +107,7 @@ def group_tensors(
             new.wrappers = parts.wrappers
             new.castable = tensor is registered and is_castable(tensor)
             new.stays = not gives_other_data(module)
+            new.merges = id(module) in merging
             new.multiplies = key == "weight" and isinstance(module, nn.Linear)
             # A number of bitsandbytes: no layer copies it, no file is made for it.
             new.is_buffer |= bool(path) and not parts.wrappers and tensor.ndim == 0
@@ -136,6 +142,7 @@ def _add(found: dict[int, ManagedTensor], new: ManagedTensor) -> None:
     known.persistent |= new.persistent
     known.is_buffer &= new.is_buffer
     known.multiplies &= new.multiplies
+    known.merges |= new.merges
     if known.holders[0] is not new.holders[0]:
         known.holders += new.holders
         known.wrappers += new.wrappers
