@@ -11,6 +11,7 @@ from torch import nn
 from .master import Master
 from .member import Member, version_of
 from .private_pages import can_be_told, written_privately
+from .refusals import hint_at_accelerate
 from .registered import check_packed, check_tensors, plain_tensors
 from .wrappers import require_undivided
 
@@ -68,7 +69,8 @@ class Edits:
             known = session.inventory.holders
             check_packed(session.model, session.policy.compute_device, known)
         except ValueError as error:
-            raise RuntimeError(str(error)) from error
+            hint = hint_at_accelerate(session.model)
+            raise RuntimeError(f"{error}{hint}") from error
         session.units.forget()
         session.rebuilding.rebuild()
         session.passes.probe_next()  # new modules may read weights sideways

@@ -75,3 +75,16 @@ def purge_hooks(session: Session) -> None:
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
                     module._forward_hooks_with_kwargs.pop(key, None)
                     module._forward_hooks_always_called.pop(key, None)
+
+
+def hint_at_accelerate(model: nn.Module) -> str:
+    """Say who took a model's values, if accelerate's hooks were hung while attached."""
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if type(hook).__module__.startswith("accelerate"):
+            return (
+                f". {name or type(model).__name__} has been given accelerate's hooks "
+                f"({type(hook).__name__}) meanwhile, which move the same weights: "
+                "accelerate.hooks.remove_hook_from_submodules(model) brings them back"
+            )
+    return ""

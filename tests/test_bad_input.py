@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from safetensors.torch import save_file
 from torch import nn
 from torch.ao.nn.quantized import dynamic
@@ -337,6 +337,20 @@ def test_model_that_accelerate_offloads_is_refused(
     hook(model)
     with _refused(model, tmp_path, "carries accelerate's hooks", RuntimeError):
         attach_offload_hooks(model, OffloadPolicy(**STREAMED))
+
+
+def test_accelerate_that_takes_an_attached_models_values_is_named() -> None:
+    model = attach_offload_hooks(chain(4, 4, 4), OffloadPolicy(**STREAMED))
+    x = torch.ones(2, 4)
+    wanted = run(model, x)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    hooks = r"accelerate's hooks \(\w+\).*remove_hook_from_submodules"
+    with pytest.raises(RuntimeError, match=hooks):
+        run(model, x)
+    remove_hook_from_submodules(model)
+    assert_same(run(model, x), wanted)
+    detach(model)
+    assert_same(run(model, x), wanted)
 
 
 # --- attached twice, or never ---
