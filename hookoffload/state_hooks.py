@@ -184,7 +184,9 @@ class StateHooks(NotCopied):
         """Try what would be done to a tensor on an empty one like it."""
         like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         try:
-            return function(like) is like and not like.is_shared()
+            kept = function(like) is like
+            # ``share_memory`` moves what is in host RAM; on a GPU all is shared.
+            return kept and not (like.device.type == "cpu" and like.is_shared())
         except Exception:
             return False  # a device that is not there
 

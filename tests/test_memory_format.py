@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hookoffload import OffloadPolicy, attach_offload_hooks, detach
+from hookoffload.state_hooks import StateHooks
 from tests.small_models import assert_same, run
 
 GPU_TOO = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -75,3 +76,13 @@ def test_inside_a_forward_it_is_refused() -> None:
     with pytest.raises(RuntimeError, match="inside the model's own forward"):
         run(model, torch.randn(1, 4, 9, 9))
     detach(model)
+
+
+def test_what_lies_on_a_device_is_not_taken_for_shared_by_the_move(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch calls every tensor of a GPU shared; the meta device stands for one."""
+    monkeypatch.setattr(torch.Tensor, "is_shared", lambda _: True)
+    on_device, in_ram = torch.empty(2, device="meta"), torch.empty(2)
+    assert StateHooks._is_kept(lambda tensor: tensor, on_device)
+    assert not StateHooks._is_kept(lambda tensor: tensor, in_ram)
