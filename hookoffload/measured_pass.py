@@ -19,6 +19,9 @@ _UNSETTLED_PASSES = 1
 # something else may keep a machine busy: both look like compute. So another pass is
 # measured for as long as each takes less than this part of the fastest before.
 _STILL_FASTER, _MOST_PASSES = 0.95, 5
+# A machine may be busy for longer than that. So "auto" measures again, ever more
+# rarely: the 8th pass with a plan, the 16th, the 32nd and so on.
+_FIRST_AGAIN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,7 @@ class PassMeter:
         "_auto",
         "_begun",
         "_count",
+        "_decided",
         "_ended",
         "_fastest",
         "_known",
@@ -125,6 +129,7 @@ class PassMeter:
         self._known: Plan | None = None  # what was measured
         self._count = 0  # measured with that plan
         self._fastest: MeasuredPass | None = None  # of these
+        self._decided: MeasuredPass | None = None  # what `take` returned last
         self._stalled = 0.0
         self._begun: float | torch.Event | None = None
         self._ended: float | torch.Event | None = None
@@ -138,19 +143,28 @@ class PassMeter:
         self._passes = self._passes + 1 if plan is before else 0
         if plan is not before:
             self._count, self._fastest = 0, None
-        if plan is None or plan is self._known or self._passes < _UNSETTLED_PASSES:
+        if plan is None or self._passes < _UNSETTLED_PASSES:
             return
         if not self._auto and not plan.kept_coded:
             return
-        known = self._known
-        if known is not None and (known.resident, known.kept_coded) == (
-            plan.resident,
-            plan.kept_coded,
-        ):
+        if self._is_known(plan) and not self._is_due():
             return
         # Waits for the pass before, a few times for each set of residents.
         self._stalled = self._mover.engine.stall_seconds()
         self._begun = self._mark()
+
+    def _is_known(self, plan: Plan) -> bool:
+        """Tell whether passes with the same residents were measured."""
+        known = self._known
+        return known is not None and (
+            plan is known
+            or (plan.resident, plan.kept_coded) == (known.resident, known.kept_coded)
+        )
+
+    def _is_due(self) -> bool:
+        """Tell whether it is time to measure again what is known."""
+        passes = self._passes
+        return self._auto and passes >= _FIRST_AGAIN and passes & (passes - 1) == 0
 
     def end(self, *, complete: bool) -> None:
         """Note that the pass has ended."""
@@ -160,7 +174,8 @@ class PassMeter:
     def take(self) -> MeasuredPass | None:
         """Return the fastest pass that was measured, once others are no faster.
 
-        What was measured is of the plan that the device still follows.
+        Later ones are returned that are faster than what was returned before. What was
+        measured is of the plan that the device still follows.
         """
         begun, ended, plan = self._begun, self._ended, self._plan
         self._begun = self._ended = None
@@ -174,13 +189,19 @@ class PassMeter:
             seconds = begun.elapsed_time(ended) / 1e3
         stalled = self._mover.engine.stall_seconds() - self._stalled
         measured = MeasuredPass(seconds=seconds, stalled_seconds=min(stalled, seconds))
+        if self._is_known(plan):
+            assert self._decided is not None, "known is what was returned"
+            if seconds >= _STILL_FASTER * self._decided.seconds:
+                return None
+            self._decided = measured
+            return measured
         fastest, self._count = self._fastest, self._count + 1
         if fastest is None or seconds < fastest.seconds:
             self._fastest = measured
         settled = fastest is not None and seconds >= _STILL_FASTER * fastest.seconds
         if not settled and self._count < _MOST_PASSES:
             return None
-        self._known = plan
+        self._known, self._decided = plan, self._fastest
         return self._fastest
 
     def _mark(self) -> float | torch.Event:

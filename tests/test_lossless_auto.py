@@ -289,12 +289,41 @@ def test_what_waits_on_disk_by_another_host_limit_is_not_coded(
 def test_passes_with_a_plan_are_measured_until_one_is_no_faster(
     monkeypatch: pytest.MonkeyPatch, seconds: list[float], decides: int, by: float
 ) -> None:
+    decided = _decisions(monkeypatch, seconds)
+    assert decided == {decides: pytest.approx(by)}
+
+
+def test_a_busy_machine_does_not_decide_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Passes are measured again, ever more rarely, and faster ones decide anew."""
+    busy, quiet = [1.0] * 10, [0.8] * 30
+    decided = _decisions(monkeypatch, [9.0, *busy, *quiet])
+    assert decided == {2: pytest.approx(1.0), 16: pytest.approx(0.8)}
+
+
+def test_passes_that_are_as_fast_as_before_decide_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decided = _decisions(monkeypatch, [9.0, *[1.0, 0.97] * 20])
+    assert list(decided) == [2]
+
+
+def test_only_auto_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided = _decisions(monkeypatch, [9.0, 1.0, 1.0, *[0.5] * 20], codec="lossless")
+    assert list(decided) == [2]
+
+
+def _decisions(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float], codec: str = "auto"
+) -> dict[int, float]:
+    """Return which passes with one plan are decided by, and how long those took."""
     monkeypatch.setattr(measured_pass, "has_link", lambda _policy: True)
     memory = SimpleNamespace(device=torch.device("cpu"))
     engine = SimpleNamespace(stall_seconds=lambda: 0.0)
-    plans = [SimpleNamespace(resident={n}, kept_coded=set()) for n in range(2)]
+    plans = [SimpleNamespace(resident={n}, kept_coded={n}) for n in range(2)]
     mover: Any = SimpleNamespace(plan=None, memory=memory, engine=engine)
-    policy: Any = SimpleNamespace(codec="auto")
+    policy: Any = SimpleNamespace(codec=codec)
     meter = PassMeter(policy, mover)
     clock = [0.0]
     monkeypatch.setattr(measured_pass.time, "perf_counter", lambda: clock[0])
@@ -307,4 +336,4 @@ def test_passes_with_a_plan_are_measured_until_one_is_no_faster(
         measured = meter.take()
         if measured is not None:
             decided[number] = measured.seconds
-    assert decided == {decides: pytest.approx(by)}
+    return decided
