@@ -12,8 +12,8 @@ streamed bytes should be coded: so many that copies take no longer than computin
 decoding. If they do with all of them coded, so many of the residents are coded, too,
 that make room for others: see [Note: residents that are kept coded]. They are encoded
 before the next pass begins, spread evenly over the order, and no more of them than host
-RAM has room for. A plan with other residents is measured again. So is the same one, ever
-more rarely: a busy machine seems to compute for longer, and more codes may pay later.
+RAM has room for. A plan with other residents is measured again. So is the same one,
+ever more rarely: a busy machine seems to compute longer, and more codes may pay later.
 
 What `load_model` leaves in files is read in any case, and encoded on the way as far as
 it streams: there the codes are also what makes host RAM hold more.
