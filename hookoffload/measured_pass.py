@@ -179,7 +179,9 @@ class PassMeter:
         """
         begun, ended, plan = self._begun, self._ended, self._plan
         self._begun = self._ended = None
-        if begun is None or ended is None or plan is not self._mover.plan:
+        if begun is None or ended is None:
+            return None
+        if plan is None or plan is not self._mover.plan:
             return None
         if isinstance(begun, float) or isinstance(ended, float):
             assert isinstance(begun, float) and isinstance(ended, float)

@@ -15,6 +15,9 @@ for that.
 Adapters that are switched, merged or disabled take forwards along other paths, on which
 tensors may be read sideways: the probe looks at the next pass.
 
+peft makes adapters where the base lies at that moment, which may be the compute device.
+They are the base's, and go home with it.
+
 What a layer does in its own forward comes too late: the weight is on its way by then. A
 merged layer whose adapters are disabled is unmerged there, so that is done before.
 """
@@ -31,7 +34,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from .adapter_layers import BASE, has_merges
-from .member import version_of
+from .member import Member, version_of
 
 if TYPE_CHECKING:
     from .session import Session
@@ -84,6 +87,7 @@ class Merges:
         self._session = session
         self._watched: dict[int, _Watched] = {}
         self._fresh = False  # some were made since stock was taken
+        self._at_home: set[Member] | None = None  # those known; None: not yet attached
 
     def take_stock(self) -> None:
         """Look which layers of adapters the model has."""
@@ -97,11 +101,29 @@ class Merges:
                     watched = found[id(module)]
                     watched.seen, watched.path = watched.merged(), watched.taken()
         self._watched, self._fresh = found, False
+        self._bring_home()
         _follow(self)
+
+    def _bring_home(self) -> None:
+        """Have adapters that came while the model is attached leave with their base."""
+        find = self._session.inventory.find
+        now: set[Member] = set()
+        for watched in self._watched.values():
+            base = watched.layer._modules[BASE]
+            homes = [f[1].device for p in base.parameters() if (f := find(p))]
+            for parameter in watched.layer.parameters():
+                found = find(parameter)
+                if found is None:
+                    continue
+                member = found[1]
+                now.add(member)
+                if self._at_home is not None and member not in self._at_home and homes:
+                    member.device = homes[0]
+        self._at_home = now
 
     def forget(self) -> None:
         """Drop what refers to the model, behind detach."""
-        self._watched = {}
+        self._watched, self._at_home = {}, None
         _leave(self)
 
     def wrapped(self, layer: nn.Module, base: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hookoffload import OffloadPolicy, attach_offload_hooks, detach
+from hookoffload.member import Member
 
 from .samples import GIB, Stack, run, same_bits, seen_inside, weight_bytes
 
@@ -95,3 +96,34 @@ def test_a_copy_of_what_was_wrapped_is_plain() -> None:
     wanted = run(model, x)
     detach(model)
     assert same_bits(run(copy.deepcopy(model), x), wanted)
+
+
+@pytest.mark.gpu
+def test_adapters_made_beside_a_resident_go_home_with_it() -> None:
+    model, x = _attached("cuda", None)
+    wanted = [run(model, x), run(model, x)][1]
+    wrapped = _wrapped(model)
+    assert model.blocks[0].up.lora_A["default"].weight.is_cuda
+    computed = run(model, x)
+    assert not same_bits(computed, wanted)
+    detach(model)
+    assert {p.device.type for p in wrapped.parameters()} == {"cpu"}
+    run(wrapped, x.cpu())
+
+
+def test_home_is_that_of_the_base_and_not_where_the_adapters_were_made() -> None:
+    model, x = _attached("cpu", None)
+    _wrapped(model)
+    adapter = model.blocks[0].up.lora_A["default"].weight
+    init = Member.__init__
+
+    def made_elsewhere(self: Member, managed: Any, low: int) -> None:
+        init(self, managed, low)
+        if managed.tensor is adapter:
+            self.device = torch.device("meta")  # stands for a GPU
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Member, "__init__", made_elsewhere)
+        run(model, x)
+    detach(model)
+    assert adapter.device.type == "cpu"
