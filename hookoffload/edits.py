@@ -107,7 +107,7 @@ class Edits:
             if member not in master.members:
                 continue  # parted already, and not yet taken stock of
             shared = len(master.members) > 1 or member.tensor.stride() != member.stride
-            if (shared and master.is_same(member)) or master.is_resized(member):
+            if (shared and member.is_same()) or member.is_resized():
                 alone = master.split_off(member)
                 self.parted.append(alone)
                 session.masters[id(member.tensor)] = alone

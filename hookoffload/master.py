@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NoReturn
 
 import torch
 
@@ -285,41 +284,6 @@ class Master:
         own = member.rest.to(value.device).to(computed).to(value.dtype)
         return torch.equal(value, own)
 
-    def check_same(self, member: Member) -> None:
-        """Raise if a member that is bound between passes was moved or cast."""
-        if not self.is_same(member) and not self.is_resized(member):
-            self._refuse_move(member)
-
-    @staticmethod
-    def is_same(member: Member) -> bool:
-        """Tell whether a member has the shape and dtype that it has at rest."""
-        tensor = member.tensor
-        same = (tensor.shape, tensor.dtype) == (member.shape, member.rest.dtype)
-        return same and not tensor.is_meta
-
-    @staticmethod
-    def is_resized(member: Member) -> bool:
-        """Tell whether a member was given data of another shape, otherwise as at rest.
-
-        That is how token embeddings grow. A part of a packed tensor has the shape that
-        its wrapper says.
-        """
-        tensor = member.tensor
-        itself = any(holder is tensor for holder in member.holders)
-        alike = tensor.dtype == member.rest.dtype and not tensor.is_meta
-        return itself and alike and tensor.shape != member.shape
-
-    @staticmethod
-    def _refuse_move(member: Member) -> NoReturn:
-        tensor = member.tensor
-        raise RuntimeError(
-            f"{member.name} was moved or cast while offload hooks are attached: it is "
-            f"{tensor.dtype} on {tensor.device} with shape {tuple(tensor.shape)}, and "
-            f"was {member.rest.dtype} on {member.rest.device} with shape "
-            f"{tuple(member.rest.shape)}. Call detach(model) before model.to(), "
-            ".half(), .cuda() and the like, and attach again after"
-        )
-
     def note_change(self) -> None:
         """Note that the bytes at rest are not those that were copied before."""
         self.dirty = True
@@ -365,7 +329,7 @@ class Master:
             member.set_data(member.rest)
             return
         if not same:
-            self._refuse_move(member)
+            member.refuse_move()
         # The object now holds other memory: its value goes to where the others'
         # views of this master look.
         member.rest.copy_(tensor.data)

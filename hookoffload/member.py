@@ -22,6 +22,7 @@ peft's merges are noticed by what peft says of them, see [Note: merges].
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 
@@ -109,6 +110,39 @@ class Member:
         if self.stays or (now.shape, now.device) != (rest.shape, rest.device):
             return False
         return now.dtype != rest.dtype and torch.equal(now.data, rest.to(now.dtype))
+
+    def is_same(self) -> bool:
+        """Tell whether the tensor has the shape and dtype that it has at rest."""
+        tensor = self.tensor
+        same = (tensor.shape, tensor.dtype) == (self.shape, self.rest.dtype)
+        return same and not tensor.is_meta
+
+    def is_resized(self) -> bool:
+        """Tell whether it was given data of another shape, otherwise as at rest.
+
+        That is how token embeddings grow. A part of a packed tensor has the shape that
+        its wrapper says.
+        """
+        tensor = self.tensor
+        itself = any(holder is tensor for holder in self.holders)
+        alike = tensor.dtype == self.rest.dtype and not tensor.is_meta
+        return itself and alike and tensor.shape != self.shape
+
+    def require_unmoved(self) -> None:
+        """Raise if the tensor, which is bound between passes, was moved or cast."""
+        if not self.is_same() and not self.is_resized():
+            self.refuse_move()
+
+    def refuse_move(self) -> NoReturn:
+        """Raise, saying what the tensor is and what it was."""
+        tensor, rest = self.tensor, self.rest
+        raise RuntimeError(
+            f"{self.name} was moved or cast while offload hooks are attached: it is "
+            f"{tensor.dtype} on {tensor.device} with shape {tuple(tensor.shape)}, and "
+            f"was {rest.dtype} on {rest.device} with shape {tuple(rest.shape)}. Call "
+            "detach(model) before model.to(), .half(), .cuda() and the like, and "
+            "attach again after"
+        )
 
     def lies_as_before(self) -> bool:
         """Tell whether the tensor has the shape, strides and dtype that it rests in."""

@@ -76,8 +76,8 @@ class Passes:
                 session.edits.take_over_replaced()
         session.rebuilding.finish()
         if moved := session.inventory.given_other_data():
-            for master, member in moved:
-                master.check_same(member)
+            for _, member in moved:
+                member.require_unmoved()
             session.edits.sync_masters()
         session.edits.take_over_held()
         session.merges.forget_unwrapped()
