@@ -53,10 +53,9 @@ class Steps:
         caller = frame.f_back
         line = 0 if caller is None else caller.f_lineno
         if self.count == self._at:
-            sys.settrace(None)
             name = Path(frame.f_code.co_filename).name
             self.interrupted = f"{frame.f_code.co_name} ({name}), called in line {line}"
-            raise KeyboardInterrupt(self.interrupted)
+            raise KeyboardInterrupt(self.interrupted)  # which ends the tracing, too
         self.sites.append((frame.f_code, line))
         self.count += 1
 
@@ -69,8 +68,8 @@ def interrupted_at(step: int | None) -> Iterator[Steps]:
         step: the number, from 0; None only counts.
     """
     steps = Steps(step)
-    before = sys.gettrace()
-    sys.settrace(steps.trace)
+    before, trace = sys.gettrace(), steps.trace
+    sys.settrace(trace)  # it has no reference of its own to what it calls
     try:
         yield steps
     finally:
