@@ -154,8 +154,6 @@ def _overlapping(tensors: list[ManagedTensor]) -> list[TensorGroup]:
     by_storage: dict[object, list[TensorGroup]] = defaultdict(list)
     for managed in tensors:
         tensor = managed.tensor
-        if tensor.is_meta:
-            continue  # refused by `check_tensors`, with its name
         low, high = span(tensor)
         key: object = id(managed) if high == low else tensor.untyped_storage()._cdata
         by_storage[key].append(TensorGroup([managed], low, high))
@@ -183,8 +181,13 @@ def span(tensor: torch.Tensor) -> tuple[int, int]:
     return low, low + (last + 1) * tensor.itemsize
 
 
-def check_tensors(model: nn.Module) -> None:
-    """Raise `ValueError` for tensors that cannot be moved, and if there are none."""
+def check_tensors(model: nn.Module, *, values: bool = True) -> None:
+    """Raise `ValueError` for tensors that cannot be moved, and if there are none.
+
+    Args:
+        model: the model.
+        values: False if they need none: a plan takes models on the meta device.
+    """
     any_tensor = False
     for name, module, registered, _ in _registered(model):
         any_tensor = True
@@ -204,7 +207,8 @@ def check_tensors(model: nn.Module) -> None:
                 "them, or leave its module out of the model that you attach"
             )
         for tensor in parts.tensors:
-            _check_values(name, tensor)
+            if values or not tensor.is_meta:
+                _check_values(name, tensor)
     if not any_tensor:
         raise ValueError(
             f"{type(model).__name__} has no parameters and no buffers: there is "

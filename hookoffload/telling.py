@@ -67,9 +67,10 @@ def offload_plan(
     as read by every pass, because only the model knows better.
 
     Args:
-        models: an attached model; any other model, with a policy; several of either
-            kind, as `attach_offload_hooks` takes them; or a checkpoint as `load_model`
-            takes it: a safetensors or GGUF file, several, or a folder.
+        models: an attached model; any other model, with a policy, also one on the meta
+            device, without values; several of either kind, as `attach_offload_hooks`
+            takes them; or a checkpoint as `load_model` takes it: a safetensors or GGUF
+            file, several, or a folder.
         policy: what to plan for; default for a checkpoint: unlimited. Its devices
             need not be there. An attached model has its own.
         rates: how fast the machine is; with them the plan says how long a pass takes.

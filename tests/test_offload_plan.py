@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -145,11 +146,38 @@ def test_what_is_no_policy_is_refused(tmp_path: Path) -> None:
             offload_plan(what, {"limit_gb": 2})  # type: ignore[arg-type]
 
 
-def test_model_on_the_meta_device_is_refused() -> None:
+def tied() -> nn.Module:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    model[3].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("make", [*MODELS.values(), tied], ids=[*MODELS, "tied"])
+def test_plan_on_the_meta_device_is_that_of_the_model_with_its_values(
+    make: Any, policy: Any, device: str
+) -> None:
+    """So a model is planned before its weights are fetched."""
+    wanted = OffloadPolicy(compute_device=device, **policy)
+    with torch.device("meta"):
+        empty = make()
+    try:
+        plan = offload_plan(make(), wanted)
+    except BudgetExceededError as error:
+        with pytest.raises(BudgetExceededError, match=re.escape(str(error))):
+            offload_plan(empty, wanted)
+        return
+    assert offload_plan(empty, wanted) == plan
+
+
+def test_model_on_the_meta_device_is_planned_for_but_not_attached() -> None:
     with torch.device("meta"):
         model = nn.Linear(4, 4)
+    policy = OffloadPolicy(limit_gb=1, compute_device="cpu", store="disk")
+    assert offload_plan({"one": model}, policy)["one"].resident
     with pytest.raises(ValueError, match="weight is on the meta device"):
-        offload_plan(model, OffloadPolicy(limit_gb=1))
+        attach_offload_hooks(model, policy)
 
 
 def test_plan_of_a_running_model_names_dtypes_and_what_comes_from_disk() -> None:
