@@ -21,7 +21,8 @@ class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong; the usage is a `--help` away."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAILED, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        _complain(f"{self.prog}: {message} (see {self.prog} --help)")
+        self.exit(FAILED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _make_parser()
     try:
         options = parser.parse_args(argv)
+        if sys.stdout is None:
+            # Before any work, whose files would be given the number of the output.
+            raise ValueError(
+                "the standard output is closed, and the answer would go there. Send "
+                "it to a file, or to /dev/null"
+            )
         if options.command is None:
             emit(parser.format_help().rstrip())
             return 0
@@ -48,9 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except EXPECTED_ERRORS as error:
-        sys.stderr.write(f"{parser.prog}: {one_line(error)}\n")
+        _complain(f"{parser.prog}: {one_line(error)}")
         return FAILED
     return status
+
+
+def _complain(line: str) -> None:
+    if sys.stderr is not None:  # a shell can close it
+        sys.stderr.write(f"{line}\n")
 
 
 def _make_parser() -> _Parser:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from hookoffload import demo, demo_trial
 from hookoffload.cli import main
+from hookoffload.command_options import FAILED
 from hookoffload.demo_model import Checkpoint, DemoTransformer, Shape
 from hookoffload.demo_trial import Measurement, Trial
 from hookoffload.measured_rates import default_cache_dir
@@ -249,6 +250,41 @@ def test_unknown_command_is_told_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "dance" in error_of(capsys, "dance")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "demo --cache-dir here",
+        "plan .",
+        "doctor",
+        "bench . --limit-gb 1",
+        "convert . to",
+    ],
+)
+def test_closed_output_is_told_in_one_line_before_any_work(
+    tmp_path: Path, command: str
+) -> None:
+    line = f"{sys.executable} -m hookoffload {command}"
+    for closed, told in ((">&-", True), (">&- 2>&-", False)):
+        ended = subprocess.run(
+            ["sh", "-c", f"{line} {closed}"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == FAILED
+        errors = ended.stderr.splitlines()
+        assert len(errors) == told, ended.stderr
+        assert not told or "standard output is closed" in errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_option_with_closed_outputs_is_only_an_exit_status() -> None:
+    line = f"{sys.executable} -m hookoffload plan --limit-gb x . >&- 2>&-"
+    assert subprocess.run(["sh", "-c", line]).returncode == FAILED
 
 
 def test_cache_folder_that_is_a_file_is_told_in_one_line(
