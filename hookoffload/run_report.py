@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -166,17 +167,15 @@ class Report:
     def figures(self) -> list[tuple[str, str, float | None]]:
         """Return the totals: what each is, how a reader sees it, the exact number."""
         stats, bound = self.stats, self.bound
-        limit = "none" if stats.limit_bytes is None else format_gib(stats.limit_bytes)
+        size = partial(format_gib, like=max(stats.peak_bytes, stats.limit_bytes or 0))
+        limit = "none" if stats.limit_bytes is None else size(stats.limit_bytes)
+        written = stats.bytes_written_back
         rows: list[tuple[str, str, float | None]] = [
             ("forwards", f"{stats.forwards}", stats.forwards),
-            ("peak", format_gib(stats.peak_bytes), stats.peak_bytes),
+            ("peak", size(stats.peak_bytes), stats.peak_bytes),
             ("limit", limit, stats.limit_bytes),
             ("copied", format_gib(stats.bytes_moved), stats.bytes_moved),
-            (
-                "written back",
-                format_gib(stats.bytes_written_back),
-                stats.bytes_written_back,
-            ),
+            ("written back", format_gib(written), written),
             ("stalled", format_seconds(stats.stall_seconds), stats.stall_seconds),
             *self._decoding(),
             ("hits", f"{stats.hits}", stats.hits),
@@ -190,9 +189,7 @@ class Report:
                 ("link busy", _with_rate(bound), None),
                 ("disk busy", format_seconds(bound.disk_seconds), None),
             ]
-        held = ", ".join(
-            f"{kind} {format_gib(n)}" for kind, n in self.peak_by_kind.items()
-        )
+        held = ", ".join(f"{kind} {size(n)}" for kind, n in self.peak_by_kind.items())
         return [*rows, ("at the peak", held or "nothing of the library", None)]
 
     def _decoding(self) -> list[tuple[str, str, float | None]]:
@@ -226,12 +223,12 @@ class Report:
         if not kept:
             return []
         lines = [f"  the last {len(kept)} passes (at most {PASSES_KEPT} are kept)"]
-        lines.append(f"    {'pass':>6} {'seconds':>9} {'stalled':>9} {'copied':>11}")
-        for one in kept:
+        copied = _column("copied", [one.bytes_moved for one in kept])
+        lines.append(f"    {'pass':>6} {'seconds':>9} {'stalled':>9} {copied[0]}")
+        for one, moved in zip(kept, copied[1:], strict=True):
             lines.append(
                 f"    {one.number:>6} {one.seconds:>9.4f} {one.stall_seconds:>9.4f}"
-                f" {format_gib(one.bytes_moved):>11}"
-                f"{'' if one.complete else '  interrupted'}"
+                f" {moved}{'' if one.complete else '  interrupted'}"
             )
         if self.timeline.left_out:
             lines.append(f"    {self.timeline.left_out} events had no room")
@@ -246,15 +243,15 @@ class Report:
         shown = costly[:_LAYERS_SHOWN]
         names = [_shortened(layer.name) for layer in shown]
         width = max(map(len, names))
+        copied = _column("copied", [layer.bytes_moved for layer in shown])
         lines = [
-            f"  {'layer':<{width}} {'stalled':>10} {'copied':>11} {'copies':>6}"
+            f"  {'layer':<{width}} {'stalled':>10} {copied[0]} {'copies':>6}"
             f" {'hits':>6} {'misses':>6}"
         ]
-        for name, layer in zip(names, shown, strict=True):
+        for name, layer, moved in zip(names, shown, copied[1:], strict=True):
             lines.append(
                 f"  {name:<{width}} {format_seconds(layer.stall_seconds):>10}"
-                f" {format_gib(layer.bytes_moved):>11} {layer.copies:>6}"
-                f" {layer.hits:>6} {layer.misses:>6}"
+                f" {moved} {layer.copies:>6} {layer.hits:>6} {layer.misses:>6}"
             )
         if len(costly) > len(shown):
             lines.append(f"  and {len(costly) - len(shown)} layers that stalled less")
@@ -336,6 +333,13 @@ def _with_rate(bound: Bound) -> str:
     if not bound.link_bytes_per_second:
         return text
     return f"{text} at {bound.link_bytes_per_second / 1e9:.2f} GB/s"
+
+
+def _column(head: str, sizes: Sequence[int]) -> list[str]:
+    """Write a column of bytes in one unit, under its head."""
+    cells = [head, *(format_gib(nbytes, like=max(sizes)) for nbytes in sizes)]
+    width = max(11, *map(len, cells))
+    return [f"{cell:>{width}}" for cell in cells]
 
 
 def _shortened(name: str) -> str:

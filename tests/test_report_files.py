@@ -46,6 +46,23 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Report:
         return report(model)
 
 
+def test_bytes_that_are_compared_have_one_unit(found: Report) -> None:
+    layers = tuple(
+        dataclasses.replace(layer, bytes_moved=2 * 2**30 if number else 5 * 2**20)
+        for number, layer in enumerate(found.layers)
+    )
+    stats = dataclasses.replace(found.stats, peak_bytes=5 * 2**20, limit_bytes=2**30)
+    told = dataclasses.replace(found, layers=layers, stats=stats)
+    lines = str(told).splitlines()
+    head = next(at for at, line in enumerate(lines) if "misses" in line.split()[-1:])
+    table = lines[head : head + len(layers) + 1]
+    assert len({line.find("GiB") for line in table[1:]}) == 1
+    assert {len(line) for line in table} == {len(table[0])}, "and the columns hold"
+    assert sum("0.00488 GiB" in line for line in table) == 1
+    figures = {label: text for label, text, _ in told.figures()}
+    assert (figures["peak"], figures["limit"]) == ("0.00488 GiB", "1.000 GiB")
+
+
 def events_of(found: Report, path: Path) -> list[dict[str, Any]]:
     found.save_trace(path)
     trace = json.loads(path.read_text(encoding="utf-8"))
