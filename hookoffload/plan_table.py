@@ -245,7 +245,7 @@ def _table(groups: list[LayerGroup], width: int, divided: bool) -> list[str]:
     def row(name: str, size: str, dtype: str, *tiers: object) -> str:
         kind = f"  {dtype:<{dtypes}}" if dtypes else ""
         counts = "".join(f"  {tier:>8}" for tier in tiers)
-        return f"  {_cut(name, names):<{names}}  {size:>10}{kind}{counts}"
+        return f"  {cut_name(name, names):<{names}}  {size:>10}{kind}{counts}"
 
     heads = ("resident", "streamed", "on disk") if divided else ("resident", "streamed")
     lines = [row("layers", "each", "dtype", *heads)]
@@ -264,16 +264,27 @@ def _narrow_table(
         if divided:
             tiers += f", {group.from_disk} of them from disk"
         line = " ".join(part for part in (size, group.dtype) if part)
-        lines.append("  " + _cut(group.name, max(width - 2, _SHORTEST_NAME)))
+        lines.append("  " + cut_name(group.name, max(width - 2, _SHORTEST_NAME)))
         lines += textwrap.wrap(
             f"{line}, {tiers}", width, initial_indent="    ", subsequent_indent="    "
         )
     return lines
 
 
-def _cut(name: str, width: int) -> str:
-    """Shortens a name from the left: its end is what tells layers apart."""
-    return name if len(name) <= width else f"...{name[3 - width :]}"
+def cut_name(name: str, width: int) -> str:
+    """Shortens a name from the left: its end is what tells layers apart.
+
+    What is left begins where a component does, unless that costs half of it.
+
+    Example:
+        >>> cut_name("language_model.layers.0-125.mlp.up_proj", 24)
+        '...0-125.mlp.up_proj'
+    """
+    if len(name) <= width:
+        return name
+    room = width - 3
+    whole = name[-room - 1 :].partition(".")[2]
+    return "..." + (whole if 2 * len(whole) >= room else name[-room:])
 
 
 def _folded(layers: tuple[LayerSpec, ...]) -> list[tuple[str, list[int]]]:

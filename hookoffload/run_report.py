@@ -10,11 +10,13 @@ from functools import partial
 import torch
 
 from .budget import format_gib
+from .plan_table import cut_name
 from .recorder import PASSES_KEPT, Recorder
 from .stats import OffloadStats
 from .timeline import PassFigures, Timeline, make_timeline
 
 _LAYERS_SHOWN = 20
+_LONGEST_NAME = 44
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +243,7 @@ class Report:
             self.layers, key=lambda one: (-one.stall_seconds, -one.bytes_moved)
         )
         shown = costly[:_LAYERS_SHOWN]
-        names = [_shortened(layer.name) for layer in shown]
+        names = [cut_name(layer.name, _LONGEST_NAME) for layer in shown]
         width = max(map(len, names))
         copied = _column("copied", [layer.bytes_moved for layer in shown])
         lines = [
@@ -340,10 +342,6 @@ def _column(head: str, sizes: Sequence[int]) -> list[str]:
     cells = [head, *(format_gib(nbytes, like=max(sizes)) for nbytes in sizes)]
     width = max(11, *map(len, cells))
     return [f"{cell:>{width}}" for cell in cells]
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= 44 else f"...{name[-41:]}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -14,7 +14,13 @@ import pytest
 from hookoffload import BudgetExceededError, Rates, curve, planner
 from hookoffload.cost import COPIES_SLOW_COMPUTE, Prediction, predict
 from hookoffload.plan import LayerSpec, Plan
-from hookoffload.plan_table import format_curve, format_plan, groups_of, plan_record
+from hookoffload.plan_table import (
+    cut_name,
+    format_curve,
+    format_plan,
+    groups_of,
+    plan_record,
+)
 from hookoffload.planner import make_plan
 from hookoffload.priorities import priorities
 
@@ -310,6 +316,26 @@ def test_summary_has_its_figures_in_one_unit() -> None:
     assert "  limit             4.000 MiB" in summary
     rows = [row for row in summary.splitlines() if "least" not in row]
     assert not any("GiB" in row for row in rows)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_name_that_is_cut_begins_where_a_component_does(width: int) -> None:
+    layers = [
+        LayerSpec(
+            name=f"model.language_model.of_some.length.layers.{index}.mlp.up_proj",
+            stream_bytes=MIB,
+            copy_bytes=MIB,
+            dtype="BF16",
+        )
+        for index in range(126)
+    ]
+    text = format_plan(plan_of(layers, 0), width)
+    assert re.search(r"\.\.\.((of_some\.)?length\.)?layers\.0-125\.mlp\.up_proj", text)
+
+
+def test_component_that_alone_is_too_long_is_cut_itself() -> None:
+    assert cut_name("layers.0.a_long_name_of_a_layer", 16) == "...me_of_a_layer"
+    assert cut_name("layers.0.up", 11) == "layers.0.up"
 
 
 def test_narrow_table_says_the_same_as_the_wide_one() -> None:
