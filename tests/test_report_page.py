@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,63 @@ def test_a_pass_can_be_looked_at_by_itself(
     assert first.name in text
     pressed = "document.querySelector('#passes [aria-pressed=true]').textContent"
     assert page.value(pressed) == "pass 4"
+
+
+def ticks(page: Page, lane: str) -> tuple[list[float], str]:
+    """Return the numbers along a lane, and their unit."""
+    frame = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done"
+    page.value(f"{frame})))")
+    text = page.value(f"document.getElementById('lane-{lane}').dataset.ticks")
+    numbers, units = zip(*(one.split(" ") for one in text.split(" | ")), strict=True)
+    assert len(set(units)) == 1
+    return [float(number) for number in numbers], units[0]
+
+
+def assert_round(numbers: list[float]) -> None:
+    steps = {f"{b - a:.6e}" for a, b in itertools.pairwise(numbers)}
+    assert len(steps) <= 1, numbers
+    for step in steps:
+        assert step.split("e")[0] in ("1.000000", "2.000000", "5.000000"), numbers
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_seconds_and_bytes_stand_at_round_ticks(
+    page: Page, path: Path, found: Report, size: tuple[int, int]
+) -> None:
+    page.size(*size)
+    page.open(path)
+    numbers, unit = ticks(page, "time")
+    scale = {"s": 1, "ms": 1e3, "\N{MICRO SIGN}s": 1e6}[unit]
+    end = found.timeline.end * scale
+    assert numbers[0] == 0
+    assert end - (numbers[1] - numbers[0]) <= numbers[-1] <= end
+    assert 2 <= len(numbers) <= 13
+    assert_round(numbers)
+    page.value("document.querySelectorAll('#passes button')[3].click()")
+    inside, unit = ticks(page, "time")
+    third = found.timeline.passes[2]
+    scale = {"s": 1, "ms": 1e3, "\N{MICRO SIGN}s": 1e6}[unit]
+    assert all(third.start * scale <= at <= third.end * scale for at in inside)
+    assert_round(inside)
+    sizes, _ = ticks(page, "memory")
+    assert 2 <= len(sizes) <= 6
+    assert_round([0, *sizes])
+
+
+def test_bytes_of_layers_are_told_in_one_unit(
+    page: Page, found: Report, tmp_path: Path
+) -> None:
+    sizes = [2 * 2**30, *[5 * 2**20] * (len(found.layers) - 1)]
+    layers = tuple(
+        dataclasses.replace(layer, bytes_moved=size)
+        for layer, size in zip(found.layers, sizes, strict=True)
+    )
+    dataclasses.replace(found, layers=layers).save(tmp_path / "run.html")
+    page.open(tmp_path / "run.html")
+    page.value("document.getElementById('all').click()")
+    cells = "[...document.querySelectorAll('#rows td:nth-child(2)')]"
+    shown = page.value(f"[...new Set({cells}.map(cell => cell.textContent))].sort()")
+    assert shown == ["0.00488 GiB", "2.000 GiB"]
 
 
 def test_stalls_are_drawn_in_their_colour(page: Page, path: Path) -> None:
