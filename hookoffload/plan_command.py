@@ -140,7 +140,7 @@ def _run_plan(options: argparse.Namespace) -> int:
         f"on {plan.device}",
         width,
     )
-    emit(format_plan(plan, width))
+    emit(format_plan(plan, width, disk_option="--store disk"))
     if curve is not None:
         known = plan.rates is not None and plan.rates.compute_seconds is not None
         emit()
@@ -179,10 +179,7 @@ def _hint(
     plan: Plan, options: argparse.Namespace, measured: MeasuredRates | None
 ) -> str:
     if all(layer.in_place for layer in plan.layers):
-        return (
-            "The CPU reads weights in RAM where they lie, and no limit makes that "
-            "less: --store disk plans for weights that stay in their files."
-        )
+        return ""  # the table says why, and what to do
     hints = []
     if measured is not None:
         link = measured.rates.link_bytes_per_second

@@ -72,12 +72,15 @@ def groups_of(plan: Plan) -> list[LayerGroup]:
     return groups
 
 
-def format_plan(plan: Plan, width: int = WIDTH) -> str:
+def format_plan(
+    plan: Plan, width: int = WIDTH, *, disk_option: str = 'store="disk"'
+) -> str:
     """Writes what a plan takes and costs, and its layers with repeats folded.
 
     Args:
         plan: Any plan.
         width: The most columns; at very few, long names are cut to fit.
+        disk_option: How the reader has weights wait in files.
     """
     together = plan.total_bytes + plan.activation_bytes
     size = partial(
@@ -119,6 +122,9 @@ def format_plan(plan: Plan, width: int = WIDTH) -> str:
     if prediction is not None:
         rows.append(("predicted", _seconds(prediction), _parts(prediction)))
     lines = textwrap.wrap(f"Plan: {plan.summary}", width)
+    if plan.device.startswith("cpu") and all(one.in_place for one in plan.layers):
+        note = "The CPU computes where weights rest, so nothing moves."
+        lines += textwrap.wrap(f"{note} Less RAM: {disk_option}.", width)
     for row in rows:
         lines += _summary_row(*row, width)
     return "\n".join([*lines, *_table(groups_of(plan), width, plan.divided)])

@@ -180,6 +180,20 @@ def test_model_on_the_meta_device_is_planned_for_but_not_attached() -> None:
         attach_offload_hooks(model, policy)
 
 
+def test_plan_where_nothing_moves_says_why_and_what_to_do() -> None:
+    told = "The CPU computes where weights rest, so nothing moves. Less RAM: store="
+    policy = OffloadPolicy(limit_gb=0.001, compute_device="cpu")
+    model = chain(8, 8)
+    lines = str(offload_plan(model, policy)).splitlines()
+    assert lines[1] == f'{told}"disk".'
+    assert max(map(len, lines)) <= 80
+    with offloaded(model, policy):
+        assert told in str(offload_plan(model))
+    for other in ({"store": "disk"}, {"compute_device": "cuda"}):
+        moving = dataclasses.replace(policy, **other)
+        assert "nothing moves" not in str(offload_plan(model, moving))
+
+
 def test_plan_of_a_running_model_names_dtypes_and_what_comes_from_disk() -> None:
     policy = OffloadPolicy(store="disk", limit_gb=0, compute_device="cpu")
     with offloaded(chain(64, 64, 64), policy) as model:
