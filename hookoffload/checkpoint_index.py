@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import TypeVar
 
-from .opened_file import GGUF, PICKLED, explain_missing, names_in
+from .opened_file import GGUF, PICKLED, NotConvertedError, explain_missing, names_in
 from .safetensors_header import DAMAGED, CheckpointError
 
 CheckpointPaths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -50,24 +50,40 @@ def find_tensors(
         CheckpointError: Anything about the files is not as it must be.
     """
     if isinstance(checkpoint, (str, os.PathLike)):
-        path = Path(checkpoint)
-        paths = _fitting(os.fspath(checkpoint))
-        if not paths:
-            index = _index_in(path) if os.path.isdir(path) else path
-            if index.name.endswith((_INDEX_SUFFIX, _BINARY_INDEX_SUFFIX)):
-                return _find_indexed(index, open_file)
-            paths = [index]
-    else:
         try:
-            paths = [Path(path) for path in checkpoint]
-        except TypeError as error:
-            raise CheckpointError(
-                f"checkpoint: takes a path or a list of paths: {error}."
-            ) from error
-        if not paths:
-            raise CheckpointError(
-                "checkpoint: the list of files is empty. Pass at least one path."
-            )
+            return _find_at(checkpoint, open_file)
+        except NotConvertedError as error:
+            # One of the shards is no checkpoint: all of them are to be converted.
+            raise NotConvertedError(error.path, checkpoint) from error
+    try:
+        paths = [Path(path) for path in checkpoint]
+    except TypeError as error:
+        raise CheckpointError(
+            f"checkpoint: takes a path or a list of paths: {error}."
+        ) from error
+    if not paths:
+        raise CheckpointError(
+            "checkpoint: the list of files is empty. Pass at least one path."
+        )
+    return _find_in(paths, open_file)
+
+
+def _find_at(
+    checkpoint: str | os.PathLike[str], open_file: _OpenFile[_TensorT]
+) -> dict[str, _TensorT]:
+    path = Path(checkpoint)
+    paths = _fitting(os.fspath(checkpoint))
+    if not paths:
+        index = _index_in(path) if os.path.isdir(path) else path
+        if index.name.endswith((_INDEX_SUFFIX, _BINARY_INDEX_SUFFIX)):
+            return _find_indexed(index, open_file)
+        paths = [index]
+    return _find_in(paths, open_file)
+
+
+def _find_in(
+    paths: Iterable[Path], open_file: _OpenFile[_TensorT]
+) -> dict[str, _TensorT]:
     found: dict[str, _TensorT] = {}
     for path in paths:
         found.update(open_file(path))

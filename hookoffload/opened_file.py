@@ -131,12 +131,26 @@ def read_extents(path: Path) -> dict[str, TensorExtent]:
     return file.extents
 
 
+class NotConvertedError(CheckpointError):
+    """A binary file is to be read piece by piece.
+
+    Args:
+        path: The file.
+        checkpoint: What it is a part of, and has to be converted with.
+    """
+
+    def __init__(self, path: Path, checkpoint: str | os.PathLike[str]) -> None:
+        whole = shlex.quote(os.fspath(checkpoint))
+        super().__init__(
+            f"{path}: only safetensors files can be read from disk piece by piece. "
+            f"Convert it once: hookoffload convert {whole} FOLDER"
+        )
+        self.path = path
+
+
 def _open_descriptor(path: Path, writable: bool) -> int:
     if path.suffix.lower() in PICKLED:
-        raise CheckpointError(
-            f"{path}: only safetensors files can be read from disk piece by piece. "
-            f"Convert it once: hookoffload convert {shlex.quote(str(path))} FOLDER"
-        )
+        raise NotConvertedError(path, path)
     # O_NONBLOCK: opening a pipe by mistake must fail below, not wait for a writer.
     flags = os.O_RDWR if writable else os.O_RDONLY
     try:

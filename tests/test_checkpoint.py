@@ -205,7 +205,7 @@ BAD_INDEXES = {
     "folder": (b'{"weight_map":{"x":"."}}', "is a folder"),
     "pickle": (
         b'{"weight_map":{"x":"p.bin"}}',
-        r"hookoffload convert /.*/p\.bin FOLDER",
+        r"p\.bin: only .*hookoffload convert /(?!\S*p\.bin)\S+ FOLDER",
     ),
     "no such shard": (
         b'{"weight_map":{"y":"b.safetensors","x":"a.safetensor"}}',

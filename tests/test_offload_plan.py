@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -29,12 +31,14 @@ from hookoffload import (
     offload_plan,
     offloaded,
 )
+from hookoffload.cli import main
 from tests.safetensors_samples import descriptors_kept
 from tests.small_models import chain, expected, run, tiny_model, tokens
 from tests.snapshots import same_bits
 from tests.sparse_checkpoints import write_sparse, write_sparse_shards
 
 GIB = 2**30
+INDEX = "pytorch_model.bin.index.json"
 KIB = 2**10
 
 
@@ -277,6 +281,26 @@ def test_planning_a_checkpoint_leaves_no_file_open(tmp_path: Path) -> None:
 def test_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="gone"):
         offload_plan(tmp_path / "gone", OffloadPolicy(limit_gb=1))
+
+
+@pytest.mark.parametrize("given", ["", INDEX, "pytorch_model-*.bin", "one.bin"])
+def test_binary_checkpoint_is_to_be_converted_as_a_whole(
+    tmp_path: Path, given: str
+) -> None:
+    shards = [f"pytorch_model-{number}.bin" for number in (1, 2)]
+    for shard, name in zip([*shards, "one.bin"], "abc", strict=True):
+        torch.save({name: torch.ones(2)}, tmp_path / shard)
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="only safetensors files") as error:
+        offload_plan(tmp_path / given, OffloadPolicy(limit_gb=1))
+    _, _, advice = str(error.value).partition("hookoffload convert ")
+    source, folder = shlex.split(advice)
+    assert (source, folder) == (str(tmp_path / given), "FOLDER")
+    assert main(["convert", source, str(tmp_path / "new")]) == 0
+    plan = offload_plan(tmp_path / "new")
+    assert plan.pass_bytes == 0
+    assert plan.layers[0].host_bytes == (8 if given == "one.bin" else 16)
 
 
 def test_checkpoint_for_a_model_that_waits_on_the_device_has_no_plan(
