@@ -99,34 +99,30 @@ def plan_of_headers(
     chains = _chains(names)
     held = {index for chain in chains for index in chain[:-1]}
 
-    def specs_of(
-        on_disk: Callable[[int], bool], tiers: Tiers = tiers
-    ) -> list[LayerSpec]:
-        # Of thousands of layers most are of a few kinds.
-        sized = cache(partial(_sized, tiers))
+    # Of thousands of layers most are of a few kinds.
+    kinds = [tuple((one.code, one.nbytes) for one in own) for own in modules.values()]
+    sized = cache(partial(_sized, tiers))
+
+    def specs_of(sizes_of: Callable[[int], dict[str, Any]]) -> list[LayerSpec]:
         return [
-            LayerSpec(
-                name=name or _ROOT,
-                held=index in held,
-                **sized(
-                    tuple((tensor.code, tensor.nbytes) for tensor in modules[name]),
-                    on_disk(index),
-                ),
-            )
+            LayerSpec(name=name or _ROOT, held=index in held, **sizes_of(index))
             for index, name in enumerate(names)
         ]
 
     if tiers.host_limit_bytes is None:
-        specs = specs_of(lambda _: tiers.on_disk)
+        specs = specs_of(lambda index: sized(kinds[index], tiers.on_disk))
     else:
         known = tiers if tiers.codes_kept else replace(tiers, coded_bytes=None)
+        in_ram_sized = cache(partial(_sized, known))
+
+        def of_either_tier(index: int) -> dict[str, Any]:
+            waiting = in_ram_sized(kinds[index], False)["host_bytes"]
+            return {**sized(kinds[index], True), "host_bytes": waiting}
+
         in_ram = _host_tier(
-            specs_of(lambda _: True),
-            specs_of(lambda _: False, known),
-            tiers.host_limit_bytes,
-            tiers.kind,
+            specs_of(of_either_tier), tiers.host_limit_bytes, tiers.kind
         )
-        specs = specs_of(lambda index: index not in in_ram)
+        specs = specs_of(lambda index: sized(kinds[index], index not in in_ram))
 
     def plan_at(code_share: float) -> Plan:
         plan = make_plan(
@@ -153,14 +149,14 @@ def _read_extents(path: Path) -> dict[str, TensorExtent]:
     return file.extents
 
 
-def _host_tier(
-    on_disk: list[LayerSpec], in_ram: list[LayerSpec], host_limit: int, kind: str
-) -> frozenset[int]:
-    """Chooses the layers that wait in host RAM, as attach would."""
-    specs = [
-        replace(spec, host_bytes=other.host_bytes)
-        for spec, other in zip(on_disk, in_ram, strict=True)
-    ]
+def _host_tier(specs: list[LayerSpec], host_limit: int, kind: str) -> frozenset[int]:
+    """Chooses the layers that wait in host RAM, as attach would.
+
+    Args:
+        specs: Each as if read from disk, with what it would take in host RAM.
+        host_limit: The host limit in bytes.
+        kind: Of the compute device.
+    """
     room = host_bytes_left(specs, host_limit, kind)
     return host_tier(specs, range(len(specs)), room)
 

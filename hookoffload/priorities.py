@@ -95,6 +95,7 @@ def _spread(
     left = list(range(len(owners) + 2))
     right = list(range(len(owners) + 2))
     spread: list[int] = []
+    gone: set[int] = set()
     while len(spread) < len(group):
         point = _radical_inverse(len(spread)) * end
         at = bisect_left(middles, point)
@@ -106,9 +107,11 @@ def _spread(
             nearer = before
         taken = owners[nearer]
         rest = blocks[block_at[taken]]
+        while rest[-1] in gone:
+            rest.pop()
         if layers[rest[-1]].stream_bytes < layers[taken].stream_bytes:
             taken = rest[-1]
-        rest.remove(taken)
+        gone.add(taken)
         spread.append(taken)
         for slot in slots[taken]:
             left[slot + 1] = slot
