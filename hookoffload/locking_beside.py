@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from threading import Event
 
 from .filling import Filled
 from .master import Master
@@ -33,16 +34,40 @@ def locking_beside(lock: PageLock, masters: Sequence[Master]) -> Iterator[Filled
         yield lambda filled: None
         return
     pending: list[Future[None]] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="hookoffload-lock") as thread:
+    ended = Event()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="hookoffload-lock")
 
-        def begin(filled: Sequence[Master]) -> None:
-            # Whether bars are shown is the caller's choice, for this thread too.
-            pending.append(thread.submit(copy_context().run, lock.lock, filled))
+    def locked(filled: Sequence[Master]) -> None:
+        if not ended.is_set():
+            lock.lock(filled)
 
+    def begin(filled: Sequence[Master]) -> None:
+        # Whether bars are shown is the caller's choice, for this thread too.
+        pending.append(thread.submit(copy_context().run, locked, filled))
+
+    try:
+        yield begin
+        for future in pending:
+            future.result()
+    finally:
+        ended.set()
+        _wait_for(thread)
+
+
+def _wait_for(thread: ThreadPoolExecutor) -> None:
+    """Return when one thread has done what it was given, whatever interrupts that.
+
+    Who puts the weights back next unlocks them, and nothing may be locked behind that.
+    """
+    interrupt: KeyboardInterrupt | None = None
+    while True:
         try:
-            yield begin
-        except BaseException:
-            thread.shutdown(wait=False, cancel_futures=True)  # `with` waits for one
-            raise
-    for future in pending:
-        future.result()
+            # Not by `shutdown`: Python 3.10 to 3.12 take a thread for ended whose
+            # `join` was interrupted. What comes last waits for all before it.
+            thread.submit(int).result()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    thread.shutdown()
+    if interrupt is not None:
+        raise interrupt

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hookoffload import CheckpointError, OffloadPolicy, detach, filling, load_model
+from hookoffload import (
+    CheckpointError,
+    OffloadPolicy,
+    detach,
+    filling,
+    load_model,
+    store,
+)
 from hookoffload import pinning as locks
 from hookoffload.locking_beside import locking_beside
 from hookoffload.pinning import PageLock
+from tests.interrupts import deadline
 from tests.small_models import assert_same, chain, run
 
 WIDTHS = (600,) * 7  # so that each weight has more than 1 MiB
@@ -130,6 +140,38 @@ def test_a_file_that_fails_leaves_nothing_locked(
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(CheckpointError, match="Input/output error"):
         _load(path)
+    assert not locked.held
+    names = [thread.name for thread in threading.enumerate()]
+    assert not any(name.startswith("hookoffload-lock") for name in names)
+
+
+@pytest.mark.parametrize("interrupts", [1, 3])
+def test_an_interrupt_while_the_last_are_being_locked_leaves_nothing_locked(
+    path: Path, locked: Locks, monkeypatch: pytest.MonkeyPatch, interrupts: int
+) -> None:
+    is_read, left = threading.Event(), [interrupts]
+    main = threading.get_ident()
+
+    def lock(start: int, nbytes: int, device: torch.device) -> bool:
+        is_read.wait(20)
+        while left[0] > 0:  # one behind the other, while the main thread waits
+            time.sleep(0.1)
+            left[0] -= 1
+            signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.1)
+        return locked.lock(start, nbytes, device)
+
+    def last_is_read(masters: Any, *arguments: Any) -> None:
+        read(masters, *arguments)
+        if masters:
+            is_read.set()
+
+    read = store.read_masters
+    monkeypatch.setattr(locks, "lock_pages", lock)
+    monkeypatch.setattr(store, "read_masters", last_is_read)
+    with deadline(20), pytest.raises(KeyboardInterrupt):
+        _load(path)
+    assert left == [0]
     assert not locked.held
     names = [thread.name for thread in threading.enumerate()]
     assert not any(name.startswith("hookoffload-lock") for name in names)
