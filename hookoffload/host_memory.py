@@ -21,8 +21,6 @@ _LOCKED_SHARE = 0.9
 _SPARE_SHARE, _SPARE_BYTES = 10, 2**29
 _HOST_SHARE = 0.75
 
-_HUGE_PAGE = 2**21
-
 
 def automatic_limit(device: torch.device) -> int:
     """Return the bytes that a limit may have on a device at this moment.
@@ -124,7 +122,7 @@ def empty_pages(nbytes: int) -> torch.Tensor:
     start = pages.data_ptr()
     _OWN_PAGES.add(start)
     weakref.finalize(memory, _OWN_PAGES.discard, start).atexit = False
-    prefer_huge_pages(pages)
+    _prefer_huge_pages(pages)
     return pages
 
 
@@ -139,19 +137,18 @@ def is_from_empty_pages(start: int) -> bool:
 _OWN_PAGES: set[int] = set()
 
 
-def prefer_huge_pages(tensor: torch.Tensor) -> None:
-    """Have memory that was not touched yet come in huge pages, where there are any.
+def _prefer_huge_pages(pages: torch.Tensor) -> None:
+    """Have pages that were not touched yet come as huge ones, where there are any.
 
-    The first touch is a large part of the time that filling it takes.
+    The first touch is a large part of the time that filling them takes. All of them are
+    advised, not the huge ones alone: neighbours stay one map of the system's, which
+    gives a process 65,530, and a model may have more weights.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    end = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
-    if advice is not None and start < end:
+    if advice is not None:
         with suppress(OSError, AttributeError):
-            # Whole pages inside the tensor: memory of others is left as it is.
             _libc().madvise(
-                ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice
+                ctypes.c_void_p(pages.data_ptr()), ctypes.c_size_t(pages.nbytes), advice
             )
 
 
