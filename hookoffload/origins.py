@@ -17,6 +17,7 @@ import torch
 from .master import Master
 from .progress import progress_bar
 from .reader_threads import reader_count
+from .readers import empty_in_ram
 from .safetensors_file import CheckpointFile, TensorLocation
 from .safetensors_header import CheckpointError
 from .tensor_bytes import chunk_sizes
@@ -84,8 +85,10 @@ def _is_held(place: _Place) -> bool:
         location.file.write_from(location, master.flat)
         return True
     done = 0
+    # Of its own: what glibc frees in one of many threads can stay this process's.
+    buffer = empty_in_ram((max(chunk_sizes(location.nbytes)),), torch.uint8)
     for count in chunk_sizes(location.nbytes):
-        part = torch.empty(count, dtype=torch.uint8)
+        part = buffer[:count]
         try:
             location.file.read_into(location, part, done)
         except CheckpointError:

@@ -30,6 +30,7 @@ from hookoffload import (
 )
 from hookoffload.state_hooks import session_of
 from tests.interrupts import interrupted_at, steps_of
+from tests.process_memory import settled_bytes
 from tests.safetensors_samples import failing
 from tests.samples import lies_in_a_file, same_bits
 from tests.test_tiers import (
@@ -324,6 +325,20 @@ def test_an_interrupt_at_any_step_leaves_a_model_that_runs(
         assert offload_stats(model).host_bytes == 3 * LAYER
         detach(model)
         assert same_bits(run(model), WANTED)
+
+
+def test_memory_of_what_goes_back_to_its_file_is_given_back(tmp_path: Path) -> None:
+    def large() -> nn.Sequential:
+        return nn.Sequential(*[nn.Linear(1500, 1500) for _ in range(12)])
+
+    save_file(large().state_dict(), tmp_path / "model.safetensors")
+    before = settled_bytes()
+    policy = OffloadPolicy(compute_device="cpu", limit_gb=0, host_limit_gb=1)
+    model = load_model(large, tmp_path / "model.safetensors", policy)
+    assert settled_bytes() - before > 90 * 2**20
+    set_limit(model, host_limit_gb=0)
+    assert settled_bytes() - before < 24 * 2**20
+    detach(model)
 
 
 # -- several models -----------------------------------------------------------------
