@@ -1,8 +1,8 @@
 """Page-locking what has been read while the rest is still being read.
 
-Reading from the page cache takes the processor, page-locking the kernel's lists of
-pages: each goes on beside the other. From a warm cache, that is a third of the time in
-which a large model comes to RAM.
+Where a disk is read, locking costs no time then. From a warm page cache both touch the
+process's memory, and take about as long together as one after the other: 14 GiB took
+0.9 s on an H200's machine either way.
 """
 
 from __future__ import annotations
