@@ -103,7 +103,11 @@ class Edits:
         now belong to no layer until layers are made anew.
         """
         session = self._session
-        for master, member in session.inventory.given_other_data():
+        given = session.inventory.given_other_data()
+        if given:
+            with torch.inference_mode(False):
+                session.inventory.take_apart(given)
+        for master, member in given:
             if member not in master.members:
                 continue  # parted already, and not yet taken stock of
             shared = len(master.members) > 1 or member.tensor.stride() != member.stride

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
@@ -137,6 +139,28 @@ class Inventory:
             if not self._geometry.is_unchanged():
                 self._geometry = TensorGeometry(tensors)
         return others
+
+    def take_apart(self, given: Iterable[tuple[Master, Member]]) -> None:
+        """Copy data that members were given and that is other members' own.
+
+        ``a.data, b.data = b.data, a.data`` exchanges two weights. What goes into the
+        master of one must not be over what the other is still to be read from.
+        """
+        masters = {id(master): master for master, _ in self._managed.values()}
+        spans = sorted(
+            (m.flat.data_ptr(), m.plain_bytes, k) for k, m in masters.items()
+        )
+        bound = {member.bound_pointer for member in self}
+        for master, member in given:
+            pointer = member.tensor.data_ptr()
+            place = bisect_right(spans, (pointer, sys.maxsize)) - 1
+            start, size, owner = spans[place]
+            theirs = place >= 0 and pointer < start + size
+            if theirs and owner == id(master):
+                theirs = len(master.members) > 1
+            if theirs or (pointer in bound and pointer != member.bound_pointer):
+                value = member.tensor.data.to(member.rest.device, copy=True)
+                member.set_data(value)
 
 
 def _values(registries: list[dict[str, Any]]) -> Iterator[Any]:

@@ -1,0 +1,105 @@
+"""Weights that are given each other's data (``a.data, b.data = b.data, a.data``)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hookoffload import (
+    OffloadPolicy,
+    attach_offload_hooks,
+    detach,
+    offload,
+    set_limit,
+)
+
+from .samples import GIB, run, same_bits, weight_bytes
+
+WIDTH, DEPTH = 16, 5
+X = torch.linspace(-2, 2, 3 * WIDTH).view(3, WIDTH)
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)])
+
+
+SOME_GB = 0.6 * weight_bytes(layers()) / GIB
+POLICIES: dict[str, dict[str, Any]] = {
+    "in place": {},
+    "least": {"store": "disk", "limit_gb": 0},
+    "some stay": {"limit_gb": SOME_GB, "compute_dtype": torch.float64},
+    "disk, some stay": {"store": "disk", "limit_gb": SOME_GB},
+    "disk, all stay": {"store": "disk"},
+    "disk, coded": {"store": "disk", "limit_gb": SOME_GB, "codec": "lossless"},
+}
+
+
+def exchange(model: Any) -> None:
+    """Have the first take the last one's place."""
+    first, last = model[0].weight, model[-1].weight
+    first.data, last.data = last.data, first.data
+
+
+def rotate(model: Any) -> None:
+    """Have each take the place of the one before it."""
+    values = [layer.weight.data for layer in model]
+    for layer, value in zip(model, [values[-1], *values], strict=False):
+        layer.weight.data = value
+
+
+def halve(model: Any) -> None:
+    """Have one be a part of another, which then is given new values."""
+    model[-1].weight.data = model[1].weight.data[: WIDTH // 2]
+    model[-1].bias.data = model[1].bias.data[: WIDTH // 2]
+    model[1].weight.data = torch.full_like(model[1].weight.data, 0.25)
+    model[1].bias.data = torch.zeros_like(model[1].bias.data)
+
+
+EDITS = {"exchange": exchange, "rotate": rotate, "halve": halve}
+NEXT: dict[str, Callable[[Any], Any]] = {
+    "forward": lambda model: None,
+    "state dict": lambda model: model.state_dict(),
+    "offload": offload,
+    "another limit": lambda model: set_limit(model, None),
+    "a part": lambda model: run(model[1], X),
+}
+
+
+@pytest.mark.parametrize("then", NEXT.values(), ids=NEXT)
+@pytest.mark.parametrize("calls_before", [0, 1, 3])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("fields", POLICIES.values(), ids=POLICIES)
+def test_weights_that_are_given_each_others_data_have_each_others_values(
+    fields: dict[str, Any],
+    edit: Callable[[Any], None],
+    calls_before: int,
+    then: Callable[[Any], Any],
+) -> None:
+    model, twin = layers(), layers()
+    objects = list(model.parameters())
+    fields = dict(fields)
+    dtype = fields.get("compute_dtype", torch.float32)
+    if dtype is torch.float64:
+        fields["limit_gb"] *= 2
+    x = X.to(dtype)
+    attach_offload_hooks(model, OffloadPolicy(compute_device="cpu", **fields))
+    for _ in range(calls_before):
+        run(model, x)
+    edit(model)
+    edit(twin)
+    if dtype is torch.float32:
+        then(model)
+    wanted = run(copy.deepcopy(twin).to(dtype), x)
+    for _ in range(3):
+        assert same_bits(run(model, x), wanted)
+    for key, value in twin.state_dict().items():
+        assert same_bits(model.state_dict()[key], value), key
+    detach(model)
+    assert same_bits(run(model, X), run(twin, X))
+    assert all(p is q for p, q in zip(model.parameters(), objects, strict=True))
