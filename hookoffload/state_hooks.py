@@ -197,8 +197,11 @@ class StateHooks(NotCopied):
         """Tell whether ``memory_format=`` gives a tensor like this other strides."""
         if tensor.dim() not in (4, 5):
             return False
-        shape = (2,) * tensor.dim()
-        like = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        # A corner of it, with its strides: they say what it is laid out as by now.
+        shape = [min(size, 2) for size in tensor.shape]
+        like = torch.empty_strided(
+            shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
         return function(like) is not like
 
 

@@ -53,6 +53,29 @@ def test_channels_last_is_taken_over(
     assert all(p is q for p, q in zip(model.parameters(), objects, strict=True))
 
 
+@pytest.mark.parametrize("limit", [0, None])
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_a_model_that_is_laid_out_so_can_be_laid_out_as_before(
+    when: str, limit: float | None
+) -> None:
+    model, x = _convolutions(), torch.randn(2, 4, 9, 9)
+    plain = copy.deepcopy(model)
+    policy = OffloadPolicy(store="disk", limit_gb=limit, compute_device="cpu")
+    if when == "before":
+        model.to(memory_format=LAST)
+    attach_offload_hooks(model, policy)
+    if when == "behind":
+        model.to(memory_format=LAST)
+    run(model, x)
+    model.to(memory_format=torch.contiguous_format)
+    assert _strides(model) == _strides(plain)
+    wanted = run(plain, x)
+    for _ in range(2):
+        assert_same(run(model, x), wanted)
+    detach(model)
+    assert _strides(model) == _strides(plain)
+
+
 def test_a_move_besides_is_refused_and_changes_no_strides() -> None:
     model = attach_offload_hooks(_convolutions())
     before = _strides(model)
