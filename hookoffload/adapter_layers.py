@@ -13,6 +13,17 @@ def has_merges(module: nn.Module) -> bool:
     return hasattr(type(module), "merged_adapters") and BASE in module._modules
 
 
+def replaces_weights(module: nn.Module) -> bool:
+    """Tell whether a layer of adapters has its base compute with other parameters.
+
+    That of ``nn.MultiheadAttention``, whose forward reads its weights from no child,
+    registers the sum in each forward, and new parameters behind it.
+    """
+    return has_merges(module) and isinstance(
+        module._modules[BASE], nn.MultiheadAttention
+    )
+
+
 def modules_that_merge(model: nn.Module) -> frozenset[int]:
     """Return the ids of the layers of adapters in a model, and of all inside them."""
     layers = filter(has_merges, model.modules())

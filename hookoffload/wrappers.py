@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .adapter_layers import replaces_weights
+
 
 def require_undivided(model: nn.Module) -> None:
     """Refuse a model whose tensors another library divides or moves.
@@ -47,6 +49,13 @@ def require_undivided(model: nn.Module) -> None:
                 "compute device and copies them to others in each forward. Attach to "
                 "its .module and call that; for several GPUs run one process a GPU, "
                 "for example with DistributedDataParallel"
+            )
+        if replaces_weights(module):
+            raise RuntimeError(
+                f"{what} is peft's layer of adapters around an nn.MultiheadAttention, "
+                "which puts new parameters in the place of the model's in each "
+                "forward. Merge and unload the adapters (merge_and_unload()) first, "
+                "or leave the attention out of target_modules"
             )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, parts):

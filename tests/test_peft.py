@@ -429,3 +429,37 @@ def test_an_added_lora_stays_on_a_layer_that_peft_wraps() -> None:
     detach(model)
     assert all(isinstance(b.up.base_layer, nn.Linear) for b in model.blocks)
     assert not any(b.up.base_layer._forward_hooks for b in model.blocks)
+
+
+class Attends(nn.Module):
+    """An attention, and a layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2)
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.up(self.attention(x, x, x)[0])
+        return out
+
+
+def test_adapters_that_replace_weights_in_each_forward_are_refused_by_name() -> None:
+    """Those of peft for the fused attention: what a forward computes with is new."""
+    adapted = peft.LoraConfig(target_modules=["attention"])
+    model = Attends()
+    wanted = run(model, X)
+    wrapped = peft.get_peft_model(model, adapted)
+    with pytest.raises(RuntimeError, match=r"model\.attention is peft's.*Merge and un"):
+        attach_offload_hooks(wrapped)
+    model = wrapped.unload()
+    policy = OffloadPolicy(compute_device="cpu", store="disk", limit_gb=0)
+    attach_offload_hooks(model, policy)
+    torch.testing.assert_close(run(model, X), wanted)
+    wrapped = peft.get_peft_model(model, adapted)
+    with pytest.raises(RuntimeError, match="attention is peft's"):
+        run(model, X)
+    wrapped.unload()
+    torch.testing.assert_close(run(model, X), wanted)
+    detach(model)
+    torch.testing.assert_close(run(model, X), wanted)
