@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -140,17 +140,17 @@ class Inventory:
                 self._geometry = TensorGeometry(tensors)
         return others
 
-    def take_apart(self, given: Iterable[tuple[Master, Member]]) -> None:
-        """Copy data that members were given and that is other members' own.
+    def take_apart(self, given: Sequence[tuple[Master, Member]]) -> None:
+        """Copy data that members were given and that belongs to others among them.
 
         ``a.data, b.data = b.data, a.data`` exchanges two weights. What goes into the
         master of one must not be over what the other is still to be read from.
         """
-        masters = {id(master): master for master, _ in self._managed.values()}
+        masters = {id(master): master for master, _ in given}
         spans = sorted(
             (m.flat.data_ptr(), m.plain_bytes, k) for k, m in masters.items()
         )
-        bound = {member.bound_pointer for member in self}
+        bound = {member.bound_pointer for _, member in given}
         for master, member in given:
             pointer = member.tensor.data_ptr()
             place = bisect_right(spans, (pointer, sys.maxsize)) - 1

@@ -15,6 +15,7 @@ from hookoffload import (
     attach_offload_hooks,
     detach,
     offload,
+    offloaded,
     set_limit,
 )
 
@@ -103,3 +104,16 @@ def test_weights_that_are_given_each_others_data_have_each_others_values(
     detach(model)
     assert same_bits(run(model, X), run(twin, X))
     assert all(p is q for p, q in zip(model.parameters(), objects, strict=True))
+
+
+@pytest.mark.parametrize("fields", POLICIES.values(), ids=POLICIES)
+def test_a_part_of_a_weight_that_keeps_its_own_data_shares_its_memory(
+    fields: dict[str, Any],
+) -> None:
+    model = layers()
+    with offloaded(model, OffloadPolicy(compute_device="cpu", **fields)):
+        model[1].weight.data = model[0].weight.data[: WIDTH // 2]
+        model[1].bias.data = model[0].bias.data[: WIDTH // 2]
+        state = model.state_dict()
+        assert state["1.weight"].data_ptr() == state["0.weight"].data_ptr()
+    assert model[1].weight.data_ptr() == model[0].weight.data_ptr()
