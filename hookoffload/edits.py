@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -143,11 +145,11 @@ class Edits:
                 session.mover.plan = None  # so that it is made resident again
         session.hooks.hang_if_needed()
 
-    def note_data_writes(self, module: nn.Module) -> None:
+    def note_data_writes(self, modules: Iterable[nn.Module]) -> None:
         """Take weights as they are now, which may have been written to uncounted.
 
         Args:
-            module: the one that they belong to, see [Note: merges].
+            modules: those that they belong to, see [Note: merges].
         """
         session = self._session
         bound = {
@@ -157,7 +159,7 @@ class Edits:
             for master in layer.masters
         }
         with torch.inference_mode(False):
-            for _, tensor in plain_tensors(module):
+            for _, tensor in chain.from_iterable(map(plain_tensors, modules)):
                 found = session.inventory.find(tensor)
                 if found is None:
                     continue

@@ -18,6 +18,11 @@ tensors may be read sideways: the probe looks at the next pass.
 peft makes adapters where the base lies at that moment, which may be the compute device.
 They are the base's, and go home with it.
 
+Hot-swapped adapters (``load_lora_weights(..., hotswap=True)``) are written to by
+``lora_A.weight.data.copy_``, of which nothing tells afterwards. But peft compares them
+with the model's state dict first. So what is not of the base layers counts as written
+to behind every state dict.
+
 What a layer does in its own forward comes too late: the weight is on its way by then. A
 merged layer whose adapters are disabled is unmerged there, so that is done before.
 """
@@ -88,6 +93,7 @@ class Merges:
         self._watched: dict[int, _Watched] = {}
         self._fresh = False  # some were made since stock was taken
         self._at_home: set[Member] | None = None  # those known; None: not yet attached
+        self._doubted = False  # the adapters may have been written to
 
     def take_stock(self) -> None:
         """Look which layers of adapters the model has."""
@@ -138,18 +144,28 @@ class Merges:
         if self._fresh:
             self.take_stock()
 
+    def doubt_adapters(self) -> None:
+        """Take the adapters for written to at the next look: somebody compares them."""
+        self._doubted = True
+
     def take_over(self) -> None:
-        """Notice what was merged and unmerged since the last look."""
+        """Notice what was merged, unmerged and hot-swapped since the last look."""
+        written: list[nn.Module] = []
         for watched in list(self._watched.values()):
             merged = watched.merged()
             if merged != watched.seen:
-                base = watched.layer._modules[BASE]
-                self._session.edits.note_data_writes(base)
+                written.append(watched.layer._modules[BASE])
                 watched.seen = merged
+            if self._doubted:
+                parts = watched.layer._modules.items()
+                written += [p for name, p in parts if p is not None and name != BASE]
             path = watched.taken()
             if path != watched.path:
                 watched.path = path
                 self._session.passes.probe_next()
+        if written:
+            self._session.edits.note_data_writes(written)
+        self._doubted = False
 
     def unmerge_disabled(self) -> None:
         """Unmerge what the layers would unmerge in their forwards, being disabled."""

@@ -99,6 +99,7 @@ class StateHooks(NotCopied):
                 if calls.depth > 1 and not inside:
                     session.ownership.recover()
                 session.edits.sync_masters()
+                session.merges.doubt_adapters()
                 if session.unreadable_at_rest is not None:
                     raise RuntimeError(
                         f"state_dict: {session.unreadable_at_rest}, waits in host RAM "

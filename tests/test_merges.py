@@ -240,6 +240,41 @@ def test_adapters_that_change_the_weights_when_made_are_seen(
     same(story, fields)
 
 
+@pytest.mark.parametrize("calls_before", [0, 1, 3])
+def test_hot_swapped_adapters_are_used(
+    fields: dict[str, Any], folder: Path | None, calls_before: int
+) -> None:
+    """peft copies them into the old ones' data."""
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    def swap(adapted: Any) -> None:
+        model = adapted.base_model.model
+        state = {
+            name: torch.randn(parameter.shape).to(parameter.dtype)
+            for name, parameter in model.named_parameters()
+            if "lora_" in name
+        }
+        config = adapted.peft_config["default"]
+        hotswap_adapter_from_state_dict(model, state, "default", config)
+
+    def story(side: Side) -> None:
+        adapted = side.wrap()
+        side.call(calls_before)
+        for _ in range(2):
+            swap(adapted)
+            side.call(2)
+        swap(adapted)
+        side.look()
+        side.call()
+        swap(adapted)
+        adapted.merge_adapter()
+        side.call()
+        adapted.unload()
+        side.detach()
+
+    same(story, fields, folder)
+
+
 MOVES: dict[str, Callable[[Any], Any]] = {
     "offload": offload,
     "no limit": lambda model: set_limit(model, None),
