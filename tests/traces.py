@@ -106,9 +106,20 @@ class Traces:
         for one, other, distance in self._ties:
             if {id(one), id(other)} <= present:
                 assert other.data_ptr() - one.data_ptr() == distance, "untied"
-        left = [entry for entry in _hooks(self._model) if entry not in self._hooks]
+        before = {(name, key): items for name, key, items in self._hooks}
+        now = _hooks(self._model)
+        left = [
+            (name, key, item)
+            for name, key, items in now
+            for item in items
+            if item not in before.get((name, key), ())
+        ]
         assert not left, f"hooks: {left}"
-        assert _hooks(self._model) == self._hooks, "hooks in another order"
+        # Global ones of models that others forgot to detach may have gone meanwhile.
+        own = [
+            [one for one in found if one[0] != _EVERY] for found in (now, self._hooks)
+        ]
+        assert own[0] == own[1], "hooks in another order"
         assert _keys(self._model) == self._keys, "attributes"
         threads = set(threading.enumerate()) - self._threads
         assert not threads, f"threads: {threads}"
@@ -153,11 +164,14 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     return begin < other_end and other_begin < end
 
 
+_EVERY = "every module"
+
+
 def _hooks(model: nn.Module) -> list[Any]:
     """Returns every hook of every module, and PyTorch's global ones."""
     found: list[Any] = []
     places = [(name, vars(module)) for name, module in model.named_modules()]
-    for name, attributes in [*places, ("every module", vars(torch_module))]:
+    for name, attributes in [*places, (_EVERY, vars(torch_module))]:
         for key, value in attributes.items():
             if "hooks" in key and isinstance(value, dict | set):
                 items = value.items() if isinstance(value, dict) else value
