@@ -94,8 +94,8 @@ class Store:
             return
         waiting = _uncoded_in_files(masters)
         origins = [(m, m.location) for m in waiting if m.location is not None]
+        self._origins.note(origins)  # first: a file that fails leaves some of them read
         read_masters(waiting, placement.dtype, filled)
-        self._origins.note(origins)
         self._files = {m.location.file for m in self.masters if m.location is not None}
         self._cast(masters, placement.dtype)
 

@@ -21,6 +21,8 @@ from hookoffload import (
     detach,
     filling,
     load_model,
+    offload_stats,
+    set_limit,
     store,
 )
 from hookoffload import pinning as locks
@@ -184,3 +186,30 @@ def test_what_fails_in_the_other_thread_is_raised(locked: Locks) -> None:
         locking_beside(_cuda_lock(torch.device("cpu"), None), []) as filled,
     ):
         filled([master])
+
+
+def test_what_was_read_before_a_file_fails_goes_back_to_it_and_is_not_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(filling, "_GROUP_BYTES", BLOCK)
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    model = _load(path, host_limit_gb=0, limit_gb=0, disk_dir=spill)
+    x = torch.ones(2, 600)
+    wanted = run(model, x)
+    reads, read = [0], os.preadv
+
+    def fail(*arguments: Any) -> int:
+        reads[0] += 1
+        if reads[0] == 5:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            set_limit(model, 0, host_limit_gb=1)
+    assert not [file for file in spill.rglob("*") if file.is_file()]
+    assert offload_stats(model).host_bytes == 0
+    assert_same(run(model, x), wanted)
+    detach(model)
