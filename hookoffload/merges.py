@@ -151,20 +151,24 @@ class Merges:
     def take_over(self) -> None:
         """Notice what was merged, unmerged and hot-swapped since the last look."""
         written: list[nn.Module] = []
+        changed: list[tuple[_Watched, object]] = []
         for watched in list(self._watched.values()):
             merged = watched.merged()
             if merged != watched.seen:
                 written.append(watched.layer._modules[BASE])
-                watched.seen = merged
+                changed.append((watched, merged))
             if self._doubted:
                 parts = watched.layer._modules.items()
                 written += [p for name, p in parts if p is not None and name != BASE]
             path = watched.taken()
             if path != watched.path:
-                watched.path = path
                 self._session.passes.probe_next()
+                watched.path = path
         if written:
             self._session.edits.note_data_writes(written)
+        # Last: behind an interrupt the next look does all of it again.
+        for watched, merged in changed:
+            watched.seen = merged
         self._doubted = False
 
     def unmerge_disabled(self) -> None:

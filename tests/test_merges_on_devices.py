@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from hookoffload import OffloadPolicy, attach_offload_hooks, detach
+from hookoffload.edits import Edits
 from hookoffload.member import Member
 
+from .interrupts import NthCall
 from .samples import GIB, Stack, run, same_bits, seen_inside, weight_bytes
 
 peft = pytest.importorskip("peft")
@@ -127,3 +129,27 @@ def test_home_is_that_of_the_base_and_not_where_the_adapters_were_made() -> None
         run(model, x)
     detach(model)
     assert adapter.device.type == "cpu"
+
+
+def test_an_interrupt_while_merges_are_noticed_loses_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = _attached("cpu", 0)
+    wrapped = _wrapped(model)
+    for _ in range(2):
+        run(model, x)
+    wrapped.merge_adapter()
+    with monkeypatch.context() as patch:
+        patch.setattr(Edits, "note_data_writes", NthCall(Edits.note_data_writes, 0))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, x)
+    noticed: list[int] = []
+    note = Edits.note_data_writes
+    monkeypatch.setattr(
+        Edits,
+        "note_data_writes",
+        lambda self, found: [noticed.append(len(found)), note(self, found)],
+    )
+    run(model, x)
+    assert noticed == [4]
+    detach(model)
