@@ -39,12 +39,20 @@ def pieces(
 
     Args:
         tensor: On any device, with any strides.
-        dtype: What to cast to, chunk by chunk; None: nothing.
+        dtype: What to cast to, chunk by chunk; None: nothing. Such a piece is
+            overwritten by the next one.
     """
+    cast = torch.empty(0, dtype=dtype)
     for piece in _views(tensor.detach()):
         # A conjugate or negative view keeps its sign apart from its bytes.
         piece = piece.cpu().resolve_conj().resolve_neg().contiguous()
-        yield piece if dtype is None else piece.to(dtype)
+        if dtype is None or piece.dtype == dtype:
+            yield piece
+            continue
+        if piece.numel() > cast.numel():
+            # One buffer for all: each of its own would be spread over the heap.
+            cast = torch.empty(piece.numel(), dtype=dtype)
+        yield cast[: piece.numel()].copy_(piece.view(-1))
 
 
 def _views(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

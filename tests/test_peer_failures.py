@@ -259,10 +259,11 @@ def test_host_memory_does_not_double_while_weights_go_to_disk(
     policy = OffloadPolicy(store="disk", storage_dtype=dtype, limit_gb=0)
     # What is made once in a process: threads, buffers, imports.
     detach(attach_offload_hooks(linears(width=3072, depth=1), policy))
-    model = linears(width=3072, depth=4)
+    model = linears(width=3072, depth=8)
     total = weight_bytes(model)
     with _Sampler() as memory:
         attach_offload_hooks(model, policy)
+    # Chunks of 16 MiB, and what the heap keeps of them, whatever the model's size.
     assert memory.most - memory.before < total / 4
     assert memory.after - memory.before < -total * 3 / 4, "their memory is free again"
 
