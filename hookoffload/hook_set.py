@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch.utils.hooks import RemovableHandle
 
-from .hooks import OutsideHooks, Site
+from .hooks import Site
 from .layer import Layer
+from .outside_hooks import OutsideHooks
 from .plan import Plan
 
 if TYPE_CHECKING:

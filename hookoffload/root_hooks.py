@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .calls import count_calls
 from .compiling import dynamo_is_at_work, outside_graphs
-from .hooks import OutsideHooks, Site
+from .hooks import Site
+from .outside_hooks import OutsideHooks
 from .partition import needs_outside_hooks
 from .refusals import NotCopied
 
