@@ -107,10 +107,6 @@ class _Block:
         """How many regions have not been freed, empty ones included."""
         return len(self._live)
 
-    def clear_tokens(self) -> None:
-        """Forgets every token, because everything they stand for has happened."""
-        self._tokens.clear()
-
     def _check_size(self, nbytes: int) -> None:
         if not 0 <= nbytes <= self._capacity:
             raise ValueError(

@@ -31,8 +31,8 @@ class UseOrder:
         >>> order = UseOrder()
         >>> for name in ("text", "unet", "unet", "vae", "text", "unet"):
         ...     order.note(name)
-        >>> order.repeats("unet"), order.next_after("unet", ["text", "vae"])
-        (True, ['vae', 'text'])
+        >>> order.repeats("unet"), order.split("unet", ["text", "vae"])
+        (True, ([], ['vae', 'text']))
     """
 
     __slots__ = ("_last", "_turns")
@@ -63,20 +63,6 @@ class UseOrder:
         turn = self._turns[-1] if self._turns else None
         here = turn.most if turn is not None and turn.name == name else 0
         return max(here, self._last.get(name, 0)) > 1
-
-    def next_after(self, name: str, others: Iterable[str]) -> list[str]:
-        """Lists models in the order in which they were needed after such a turn.
-
-        Args:
-            name: The model whose turn it is; it ends the list that is known.
-            others: The models to list.
-
-        Returns:
-            All of them. Those that were not needed before the model's own next turn
-            come behind the others.
-        """
-        sooner, later = self.split(name, others)
-        return [*sooner, *later]
 
     def split(self, name: str, others: Iterable[str]) -> tuple[list[str], list[str]]:
         """Divides models by whether they are needed before a model's own next forward.

@@ -186,14 +186,6 @@ def test_freeing_twice_or_elsewhere_is_an_error() -> None:
         ring.free(region)
 
 
-def test_cleared_tokens_are_waited_for_no_more() -> None:
-    ring = RegionRing(4)
-    region, _ = allocated(ring, 4)
-    ring.free(region, "done")
-    ring.clear_tokens()
-    assert allocated(ring, 4)[1] == ()
-
-
 def test_what_is_freed_first_behind_a_region_that_lives_is_free_again() -> None:
     """Copies that were given up do not wait for an older layer that stays bound."""
     ring = RegionRing(10)
