@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -33,6 +34,7 @@ class Copy:
         ready: behind the last byte, on an accelerator.
         queued: set when a worker has queued (on a CPU: performed) the copy; None if no
             worker has to.
+        process: the one whose worker has to; a fork does not take the worker along.
         error: what went wrong in the worker.
     """
 
@@ -44,6 +46,7 @@ class Copy:
         "name",
         "nbytes",
         "pieces",
+        "process",
         "queued",
         "ready",
     )
@@ -63,8 +66,15 @@ class Copy:
         self.nbytes = nbytes
         self.ready: torch.Event | None = None
         self.queued: threading.Event | None = None
+        self.process = 0
         self.error: BaseException | None = None
         self.entry: CopyEntry | None = None  # only while a recorder notes copies
+
+    @property
+    def is_left_behind(self) -> bool:
+        """Whether a worker has to perform it that was not forked with this process."""
+        unperformed = self.queued is not None and not self.queued.is_set()
+        return unperformed and self.process != os.getpid()
 
     def finish(self) -> None:
         """Tell who waits that a worker has done with it."""

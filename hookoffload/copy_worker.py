@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import time
@@ -59,8 +60,9 @@ class Worker:
 
     def put(self, copy: Copy) -> None:
         """Have a copy performed behind those before it."""
-        if copy.queued is None:
+        if copy.queued is None or copy.is_left_behind:
             copy.queued = threading.Event()
+        copy.process = os.getpid()
         if self._thread is None or not self._thread.is_alive():
             self._start()  # for the first time, or this process was forked
         self._jobs[-1].put(copy)
@@ -80,6 +82,8 @@ class Worker:
 
     def wait(self, copy: Copy) -> None:
         """Return when a copy has been performed, if need be again after a fork."""
+        if copy.is_left_behind:
+            self.put(copy)
         while copy.queued is not None and not copy.queued.wait(timeout=1.0):
             if self._thread is None or not self._thread.is_alive():
                 self.put(copy)

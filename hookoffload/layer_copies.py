@@ -271,7 +271,7 @@ class LayerCopies:
         copy = layer.copy
         assert copy is not None
         self.order.unsettle()
-        if copy.queued is not None:
+        if copy.queued is not None and not copy.is_left_behind:
             copy.queued.wait()
         layer.copy = None
         layer.copied_revision = -1

@@ -28,6 +28,8 @@ from hookoffload import (
     set_limit,
 )
 from hookoffload.calls import CallTracker
+from hookoffload.copies import Copy
+from hookoffload.host_copies import _HostReads
 from hookoffload.session import Session
 from hookoffload.state_hooks import session_of
 from tests.small_models import (
@@ -600,6 +602,49 @@ def test_forked_child_can_run_and_detach_its_model(tmp_path: Path) -> None:
         same = torch.equal(run(model, x), wanted)
         detach(model)
         os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert_same(run(model, x), wanted)
+    detach(model)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("first", [None, offload, detach])
+def test_child_that_is_forked_while_layers_are_copied_does_not_wait_for_its_parent(
+    first: Callable[[nn.Module], object] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The threads that copy are not forked: what they were given is never done."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    x = torch.zeros(1, 8)
+    attach_offload_hooks(model, on_disk(tmp_path, limit_gb=None))
+    wanted = run(model, x)
+    parent, forked = os.getpid(), threading.Event()
+    perform = _HostReads.perform
+
+    def held_up(self: _HostReads, begun: Copy) -> None:
+        if os.getpid() == parent:
+            assert forked.wait(PATIENCE)
+        perform(self, begun)
+
+    offload(model)
+    monkeypatch.setattr(_HostReads, "perform", held_up)
+    session = session_of(model)
+    assert session is not None
+    onload(model)
+    session.passes.apply(session.plan)
+    session.mover.copies.prefetch()
+    under_way = [layer.copy for layer in session.layers if layer.copy is not None]
+    assert len(under_way) > 1
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(PATIENCE))
+        if first is not None:
+            first(model)
+        same = torch.equal(run(model, x), wanted)
+        os._exit(0 if same else 1)
+    forked.set()
     assert os.waitpid(child, 0)[1] == 0
     assert_same(run(model, x), wanted)
     detach(model)
