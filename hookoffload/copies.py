@@ -112,6 +112,12 @@ class CopyEngine(Protocol):
     def order_after(self, tokens: Sequence[object]) -> None:
         """Let compute that is queued from now on run after tokens of `computed`."""
 
+    def note_filled(self) -> None:
+        """Note that residents hold what the current stream has waited for or made."""
+
+    def see_filled(self) -> None:
+        """Let what is queued from now on see what `note_filled` noted elsewhere."""
+
     def fence(self) -> None:
         """Let later copies run after all compute queued so far (new memory)."""
 

@@ -20,6 +20,10 @@ alone. Its token is the stream itself if that is the default one: a next user on
 same stream need not wait, and one on another has an event recorded there, which is
 behind the last user. On other streams, which their owners may destroy, it is an event.
 
+A resident is brought once, and only the stream of that forward waits for it. Threads
+may have streams of their own, which need not wait for each other to read weights: so a
+call begins with a wait for the residents that came last, unless these are there.
+
 The host runs ahead of the device: all of this is queued, nothing is waited for on
 the host, with one exception. Bytes that are not page-locked (from a file, or beyond
 what may be locked) pass through a ring of page-locked staging buffers (`Staging`) that
@@ -61,6 +65,7 @@ class StreamCopyEngine:
         self._staging = Staging(ReaderThreads(), _page_locked)
         self._worker = Worker(_StagedCopies(device, self._stream, self._staging))
         self._stalled = 0.0
+        self._filled: torch.Event | None = None  # behind residents that came last
         # Waits whose length is not known yet: an event in front of each, and what it
         # waits for.
         self._waits: deque[tuple[torch.Event, torch.Event]] = deque()
@@ -138,6 +143,22 @@ class StreamCopyEngine:
                 token = self._behind(token)
             assert isinstance(token, torch.Event)
             token.wait(stream)
+
+    def note_filled(self) -> None:
+        """Note that residents hold what the current stream has waited for or made."""
+        stream = torch.accelerator.current_stream(self._index)
+        if self._filled is not None:
+            self._filled.wait(stream)  # so that the new event stands for both
+        self._filled = self._behind(stream)
+
+    def see_filled(self) -> None:
+        """Make the current stream wait for residents that another one brought."""
+        if self._filled is None:
+            return
+        if self._filled.query():
+            self._filled = None
+        else:
+            self._filled.wait(torch.accelerator.current_stream(self._index))
 
     def _behind(self, stream: torch.Stream, *, timed: bool = False) -> torch.Event:
         event = torch.Event(self._device, enable_timing=timed)

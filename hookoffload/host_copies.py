@@ -52,6 +52,12 @@ class HostCopyEngine:
     def order_after(self, tokens: Sequence[object]) -> None:
         """Do nothing: compute on a CPU runs in program order."""
 
+    def note_filled(self) -> None:
+        """Do nothing: what was waited for is there for every thread."""
+
+    def see_filled(self) -> None:
+        """Do nothing, see `note_filled`."""
+
     def fence(self) -> None:
         """Do nothing: memory on a CPU is free when it is released."""
 

@@ -110,6 +110,7 @@ class LayerCopies:
             return
         found = as_copied(layer, self.window.block_of(layer))
         fill_residence(layer, layer.resident, found)
+        self.engine.note_filled()
         layer.copied_revision = layer.known_revision()  # `bring` has looked
         self.window.release(layer)
 
@@ -128,6 +129,7 @@ class LayerCopies:
             self.recorder.copied(layer.name, copy.nbytes)
         if layer.resident is not None and layer.region is None:
             self._under_way -= copy.nbytes
+            self.engine.note_filled()
         layer.copy = None
 
     def start(self, layer: Layer, *, now: bool, aside: bool = False) -> bool:

@@ -67,6 +67,7 @@ class Ownership:
             session.escapes.guard_graph()
         if not session.placement.onloaded:
             session.placement.onload()
+        session.mover.engine.see_filled()
         session.always.enter()
         self.call_begun = True
 

@@ -156,6 +156,51 @@ def test_scratch_that_one_stream_used_is_waited_for_by_the_next(
     assert other.clock.get(device.compute.name, 0) >= used
 
 
+def test_residents_that_one_stream_brought_are_waited_for_by_others(
+    watched: _Watched, device: Simulation
+) -> None:
+    """Threads with streams of their own need not wait for each other's."""
+    model, x = linears(depth=6), torch.randn(2, 32)
+    want = run(copy.deepcopy(model), x)
+    with offloaded(model, store="disk", limit_gb=None):
+        watched.watch(model)
+        for number in range(3):
+            device.set_stream(Stream(CPU, f"pass {number}"))
+            assert same_bits(run(model, x), want)
+    assert watched.detector.counted > 10
+    assert watched.detector.races == []
+
+
+def test_residents_that_one_stream_cast_are_waited_for_by_others(
+    watched: _Watched, device: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill, cast = layer_copies.fill_residence, 0
+
+    def noted(*args: Any) -> None:
+        nonlocal cast
+        fill(*args)
+        cast = device.compute.tick()
+
+    monkeypatch.setattr(layer_copies, "fill_residence", noted)
+    model, x = linears(depth=3), torch.randn(2, 32, dtype=torch.bfloat16)
+    fields: dict[str, Any] = {"compute_dtype": torch.bfloat16, "limit_gb": None}
+    with offloaded(model, store="disk", **fields):
+        run(model, x)
+        other = Stream(CPU, "other")
+        device.set_stream(other)
+        run(model, x)
+        assert cast and other.clock.get(device.compute.name, 0) >= cast
+
+
+def test_residents_that_are_there_are_not_waited_for(device: Simulation) -> None:
+    engine = StreamCopyEngine(CPU)
+    engine.note_filled()
+    device.finished = True
+    device.set_stream(Stream(CPU, "other"))
+    engine.see_filled()
+    assert "wait" not in device.words()
+
+
 @pytest.mark.parametrize("name", REAL_MODELS)
 def test_real_models_pass_without_a_race(name: str, watched: _Watched) -> None:
     model, inputs = REAL_MODELS[name]()

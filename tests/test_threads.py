@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -689,6 +690,25 @@ def test_threads_on_streams_of_their_own_get_their_own_results(count: int) -> No
                 assert_same(output, wanted[seed])
 
     in_threads(work, count)
+    detach(model)
+
+
+@pytest.mark.gpu
+def test_residents_that_one_stream_brings_late_are_waited_for_by_another() -> None:
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))
+    x = torch.randn(8, 512)
+    wanted = run(copy.deepcopy(model).cuda(), x.cuda())
+    attach_offload_hooks(model, OffloadPolicy(limit_gb=None, compute_device="cuda"))
+    x = x.cuda()
+    torch.cuda.synchronize()
+    one, other = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(one):
+        torch.cuda._sleep(2**30)  # new memory is written to behind what is queued
+        run(model, x)
+    with torch.cuda.stream(other):
+        output = run(model, x)
+    torch.cuda.synchronize()
+    assert_same(output, wanted)
     detach(model)
 
 
