@@ -104,6 +104,14 @@ class DeviceMemory:
         """Return what this process's PyTorch allocator holds, None where unknown."""
         return self._statistic("allocated", "current", "memory_allocated")
 
+    def within_reach(self) -> int | None:
+        """Return what the allocator could hold at most, beside other programs."""
+        ask = getattr(self._module, "mem_get_info", None)
+        reserved = self._statistic("reserved", "current", "memory_reserved")
+        if ask is None or reserved is None:
+            return None
+        return int(ask(self.device)[0]) + reserved
+
     def peak_bytes(self) -> int | None:
         """Return the allocator's peak since it was last reset, None where unknown."""
         return self._statistic("allocated", "peak", "max_memory_allocated")

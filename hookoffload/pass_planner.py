@@ -39,6 +39,7 @@ class PassPlanner:
     ) -> None:
         self._maker = PlanMaker(policy)
         self._budget = budget
+        self._memory = memory
         self._activations = Activations(budget, memory)
         self._reduced: tuple[int, Plan, Plan] | None = None  # see `beside`
         self._streaming: tuple[Plan, Plan] | None = None  # see `streaming_plan`
@@ -307,7 +308,11 @@ class PassPlanner:
         if self.plan.total_bytes <= least and not self.plan.resident:
             return False
         beside = self.plan.activation_bytes
-        ceiling = max(taken + beside, least)
+        ceiling = taken + beside
+        reach = self._memory.within_reach()
+        if reach is not None:  # nine tenths: they take more while this is found out
+            ceiling = min(ceiling, reach * 9 // 10)
+        ceiling = max(ceiling, least)
         self._maker = replace(self._maker, ceiling=ceiling)
         before = self.plan
         self.plan = self._maker.make(beside)

@@ -123,17 +123,24 @@ class CachingAllocator:
 
 
 class CountedMemory(TorchDispatchMode):
-    """What operations allocate while it is entered, in a `CachingAllocator`."""
+    """What operations allocate while it is entered, in a `CachingAllocator`.
+
+    Attributes:
+        allocator: where it is counted.
+        capacity: bytes that other programs leave; None: enough.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.allocator = CachingAllocator()
+        self.capacity: int | None = None
         self._known: dict[int, Any] = {}
 
     def statistics(self) -> Any:
         """Return what stands in for ``torch.cuda``."""
         allocator = self.allocator
         return SimpleNamespace(
+            mem_get_info=self._free_and_total,
             memory_allocated=lambda _=None: allocator.allocated,
             max_memory_allocated=lambda _=None: allocator.peak,
             reset_peak_memory_stats=lambda _=None: allocator.reset_peak(),
@@ -146,6 +153,10 @@ class CountedMemory(TorchDispatchMode):
         monkeypatch.setattr(
             "hookoffload.device_memory._statistics_of", lambda _: self.statistics()
         )
+
+    def _free_and_total(self, _: Any = None) -> tuple[int, int]:
+        total = 2**62 if self.capacity is None else self.capacity
+        return total - self.allocator.reserved, total
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -164,6 +175,10 @@ class CountedMemory(TorchDispatchMode):
                     piece = self.allocator.allocate(storage.nbytes())
                     self._known[key] = piece
                     weakref.finalize(storage, self._gone, key)
+                    most = 2**62 if self.capacity is None else self.capacity
+                    if piece is not None and self.allocator.allocated > most:
+                        del storage, tensor, result
+                        raise torch.OutOfMemoryError("other programs take the rest")
         return result
 
     def _gone(self, key: int) -> None:

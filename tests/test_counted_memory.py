@@ -207,6 +207,33 @@ def test_a_peak_from_before_a_pass_is_not_taken_for_its_own(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("layers", [12, 6, 4, 2])
+def test_the_forward_behind_one_that_ran_out_of_memory_fits_what_others_leave(
+    layers: int, limited: bool, memory: CountedMemory, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = 1024 * 1024 * 4
+    model, x = Taking(20, 1024, taken=3 * layer), torch.randn(2, 1024)
+    with memory, torch.no_grad():
+        want, held = model(x), memory.allocator.allocated
+        limit = held + (24 if limited else 99) * layer
+        attach_offload_hooks(model, _policy(limit))
+        for _ in range(3):
+            model(x)
+        before = len(offload_plan(model).resident)
+        assert before >= 17
+        memory.capacity = held + (3 + layers) * layer
+        with pytest.raises(torch.OutOfMemoryError):
+            model(x)
+        assert "limit_gb=" in caplog.text and "out of memory" in caplog.text
+        for _ in range(3):
+            assert same_bits(model(x), want)
+        left = len(offload_plan(model).resident)
+        assert min(layers - 5, 5) <= left < before
+        memory.capacity = None
+        detach(model)
+
+
 class Calling(Taking):
     """One that calls another model in the middle, which has a limit with it."""
 
