@@ -6,9 +6,10 @@ import ctypes
 import mmap
 import sys
 import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -72,11 +73,14 @@ def reclaimable_memory() -> int:
 
 
 def cgroup_limit() -> int | None:
-    """Return the memory that this process's control group may take, in bytes."""
+    """Return the memory that this process's control group may take, in bytes.
+
+    That is the least of what it and the groups around it may.
+    """
     limits = []
-    for name in _CGROUP_LIMITS:
+    for path in _cgroup_files():
         try:
-            text = Path(name).read_text().strip()
+            text = path.read_text().strip()
         except OSError:
             continue
         if text.isdigit():
@@ -84,10 +88,32 @@ def cgroup_limit() -> int | None:
     return min(limits, default=None)
 
 
+# Of version 2 and of version 1, in the group around all others: in a container that is
+# mostly the container's own. Where it is not (a batch system's job, a systemd unit),
+# the process's group is a folder below.
 _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
+_CGROUPS = "/proc/self/cgroup"
+
+
+def _cgroup_files() -> Iterator[Path]:
+    """Yield the files that may say what this process's control groups may take."""
+    outermost = [Path(name) for name in _CGROUP_LIMITS]
+    yield from outermost
+    try:
+        lines = Path(_CGROUPS).read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:  # number:controllers:path, without controllers in version 2
+        _, controllers, group = line.split(":", 2)
+        for controller, file in zip(("", "memory"), outermost, strict=True):
+            if controller in controllers.split(","):
+                folder = file.parent
+                for name in PurePosixPath(group.lstrip("/")).parts:
+                    folder /= name
+                    yield folder / file.name
 
 
 def available_memory() -> int:

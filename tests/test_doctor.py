@@ -186,6 +186,37 @@ def test_control_group_that_sets_the_figure_is_named(
     assert "control group's limit, 10.0 GiB" in locked.why
 
 
+@pytest.mark.parametrize(
+    ("groups", "limits", "least"),
+    [
+        ("0::/", {"v2/memory.max": 7}, 7),
+        ("0::/jobs/7/step", {"v2/jobs/memory.max": 9, "v2/jobs/7/memory.max": 5}, 5),
+        ("0::/jobs/7", {"v2/jobs/memory.max": 3, "v2/jobs/7/memory.max": "max"}, 3),
+        ("0::/jobs/7", {"v2/jobs/8/memory.max": 1}, None),
+        ("4:cpu,memory:/a:b\n0::/", {"v1/a:b/memory.limit_in_bytes": 2}, 2),
+        ("3:cpu:/a\n0::/", {"v1/a/memory.limit_in_bytes": 2}, None),
+    ],
+)
+def test_control_groups_below_the_outermost_are_looked_at(
+    groups: str,
+    limits: dict[str, object],
+    least: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those of a batch system's job, or of a systemd unit."""
+    files = ("v2/memory.max", "v1/memory.limit_in_bytes")
+    monkeypatch.setattr(
+        host_memory, "_CGROUP_LIMITS", tuple(str(tmp_path / file) for file in files)
+    )
+    monkeypatch.setattr(host_memory, "_CGROUPS", str(tmp_path / "cgroup"))
+    (tmp_path / "cgroup").write_text(f"{groups}\n")
+    for name, limit in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{limit}\n")
+    assert host_memory.cgroup_limit() == least
+
+
 # -- saying it ----------------------------------------------------------------------
 
 
