@@ -15,10 +15,13 @@ Who owns a region of the window, and when:
    forward. The region goes back to the ring with that event as its token (1).
 
 A master must not change between 2 and 3: the session looks at its version before it
-binds, and copies again if it moved. Scratch is written and read by compute streams
-alone. Its token is the stream itself if that is the default one: a next user on the
-same stream need not wait, and one on another has an event recorded there, which is
-behind the last user. On other streams, which their owners may destroy, it is an event.
+binds, and copies again if it moved. What the library itself writes there comes behind
+`drain`: a forward whose hooks have all run may still have its copies before it.
+
+Scratch is written and read by compute streams alone. Its token is the stream itself if
+that is the default one: a next user on the same stream need not wait, and one on
+another has an event recorded there, which is behind the last user. On other streams,
+which their owners may destroy, it is an event.
 
 A resident is brought once, and only the stream of that forward waits for it. Threads
 may have streams of their own, which need not wait for each other to read weights: so a

@@ -123,6 +123,8 @@ class Edits:
     def sync_masters(self) -> None:
         """Bring everything that was written to tensors into their masters."""
         session = self._session
+        # Forwards may still be under way on the device, and read the masters.
+        session.mover.engine.drain()
         self.take_over_writes()  # or copies that are older would go over them
         self.take_over_untied()
         with torch.inference_mode(False):

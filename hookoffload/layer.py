@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -289,14 +289,20 @@ class Layer:
         for piece in self.pieces:  # some may have been parted from their masters
             rest_members(piece.master.members)
 
-    def revision(self) -> int:
-        """Look at the masters at rest and count their changes; see `reconcile`."""
+    def revision(self, before_writing: Callable[[], None] | None = None) -> int:
+        """Look at the masters at rest and count their changes; see `reconcile`.
+
+        Args:
+            before_writing: called before anything is written that copies read.
+        """
         if not are_untouched(self._members, bound=False):
+            if before_writing is not None:
+                before_writing()
             for piece in self.pieces:
                 piece.master.reconcile()
-        return self.known_revision()
+        return self.known_revision(before_writing)
 
-    def known_revision(self) -> int:
+    def known_revision(self, before_writing: Callable[[], None] | None = None) -> int:
         """Count the changes of the masters that have been noticed so far.
 
         For a copy that begins before the forward: `revision` looks again then.
@@ -304,7 +310,9 @@ class Layer:
         total = 0
         for piece in self.pieces:
             master = piece.master
-            if master.code is not None:
+            if master.has_old_code:
+                if before_writing is not None:
+                    before_writing()
                 master.renew_code()
             total += master.revision
         return total

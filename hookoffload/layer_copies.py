@@ -84,7 +84,8 @@ class LayerCopies:
             layer: the layer.
             aside: see `LayerMover.bind`.
         """
-        revision = layer.revision()
+        # Of an earlier forward, too: the host runs ahead of the device.
+        revision = layer.revision(self.engine.drain)
         current = layer.copied_revision == revision
         if layer.copy is None and layer.resident is not None and current:
             return
@@ -148,7 +149,8 @@ class LayerCopies:
         first = not now and layer.index == self.order.first
         if not now and streams and not self.window.has_room(layer, first=first):
             return False  # as half of all attempts to go on with copying
-        revision = layer.known_revision()  # if it is needed now, `bring` has looked
+        # If it is needed now, `bring` has looked.
+        revision = layer.known_revision(self.engine.drain)
         tokens: tuple[object, ...] = ()
         moves: Moves | None = None
         if not streams:

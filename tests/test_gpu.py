@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -336,6 +337,27 @@ def test_edits_between_forwards_are_seen_although_the_layer_was_prefetched() -> 
             plain = Wide(4)
             plain.load_state_dict(twin)
             assert torch.equal(model(x), on_gpu(plain, x))
+
+
+@pytest.mark.parametrize("codec", [None, "lossless"])
+def test_edits_do_not_reach_a_forward_that_is_still_under_way(
+    codec: Literal["lossless"] | None,
+) -> None:
+    """What the library writes to masters waits for copies that read them."""
+    model = Wide(6).bfloat16()
+    x = torch.randn(4, 2048).bfloat16().cuda()
+    old = on_gpu(model, x)
+    with ho.offloaded(model, limit_gb=0, codec=codec), torch.no_grad():
+        for _ in range(3):
+            model(x)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2**28)  # copies wait until what is in the window was used
+        before = model(x)
+        for layer in model:
+            layer.weight.data = torch.zeros_like(layer.weight)
+        after = model(x)
+        assert torch.equal(before, old)
+    assert torch.equal(after, on_gpu(model, x))
 
 
 def test_two_threads_get_right_results() -> None:

@@ -14,9 +14,13 @@ import hookoffload.layer_copies as layer_copies
 from hookoffload import offload, offload_plan, offload_stats, offloaded
 from hookoffload.copies import Copy
 from hookoffload.copy_engine import StreamCopyEngine
+from hookoffload.host_copies import HostCopyEngine
+from hookoffload.master import Master
+from hookoffload.master_code import MasterCode
 from tests.real_models import REAL_MODELS
 from tests.samples import GIB, Stack, first_output, linears, run, same_bits
 from tests.simulated_device import CPU, RaceDetector, Simulation, Stream
+from tests.unreadable_ram import have_ram_unreadable
 
 
 @pytest.fixture
@@ -199,6 +203,45 @@ def test_residents_that_are_there_are_not_waited_for(device: Simulation) -> None
     device.set_stream(Stream(CPU, "other"))
     engine.see_filled()
     assert "wait" not in device.words()
+
+
+@pytest.mark.parametrize("edit", ["code", "data"])
+def test_masters_are_written_behind_copies_of_forwards_that_may_be_under_way(
+    edit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host runs ahead: the copies of a whole forward may not have begun yet."""
+    have_ram_unreadable(monkeypatch)
+    model, x = linears(width=256, depth=4).bfloat16(), torch.randn(2, 256).bfloat16()
+    done: list[str] = []
+
+    def note(owner: type, name: str) -> None:
+        function = getattr(owner, name)
+
+        def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return function(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    codec: Any = {"code": "lossless", "data": None}[edit]
+    with offloaded(model, limit_gb=0, compute_device="cpu", codec=codec):
+        for _ in range(2):
+            run(model, x)
+        note(HostCopyEngine, "drain")
+        note(MasterCode, "renew")
+        note(Master, "_adopt_new_data")
+        with torch.no_grad():
+            if edit == "code":
+                model[2].weight.mul_(0.5)
+            else:
+                model[2].weight.data = model[2].weight * 0.5
+        done.clear()
+        output = run(model, x)
+        writes = [
+            done.index(name) for name in ("renew", "_adopt_new_data") if name in done
+        ]
+        assert len(writes) == 1 and "drain" in done[: writes[0]]
+    assert same_bits(output, run(model, x))
 
 
 @pytest.mark.parametrize("name", REAL_MODELS)
