@@ -37,6 +37,16 @@ class Origins:
         """Remember where masters were read from."""
         self._places.update(places)
 
+    def keep_only(self, masters: Iterable[Master]) -> None:
+        """Forget others, which would keep their bytes for as long."""
+        there = self._places
+        self._places = {m: there[m] for m in masters if m in there}
+
+    @property
+    def files(self) -> set[CheckpointFile]:
+        """The files that there is a way back to."""
+        return {place.file for place in self._places.values()}
+
     def forget(self) -> None:
         """Remember nothing."""
         self._places.clear()

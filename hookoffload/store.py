@@ -20,6 +20,7 @@ from .private_pages import written_privately
 from .progress import progress_bar
 from .safetensors_file import CheckpointFile, TensorLocation
 from .safetensors_header import CheckpointError
+from .safetensors_writer import remove
 from .spill_file import write_spill_file
 from .spill_folder import SpillFolder
 
@@ -61,9 +62,23 @@ class Store:
         self.masters = list(masters)
         current = {id(master) for master in kept.intersection(masters)}
         self._mapped = {k: v for k, v in self._mapped.items() if k in current}
+        self._origins.keep_only(masters)
+        before = set(self._files)
         for on_disk in (True, False):
             others = [m for m in masters if m not in kept and m.on_disk == on_disk]
             self.adopt(others, rests(on_disk=on_disk))
+        self._remove_unused(before | self._files)
+
+    def _remove_unused(self, files: set[CheckpointFile]) -> None:
+        """Remove own files that nothing rests in, or they pile up on the disk."""
+        used = {m.location.file for m in self.masters if m.location is not None}
+        used.update(location.file for _, location in self._mapped.values())
+        used.update(self._origins.files)
+        for file in files - used:
+            if file.writable_shared:
+                self._files.discard(file)
+                file.close()
+                remove(file.path)
 
     def adopt(
         self,

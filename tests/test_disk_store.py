@@ -22,6 +22,7 @@ from tqdm.std import tqdm
 
 from hookoffload import (
     OffloadPolicy,
+    Placement,
     attach_offload_hooks,
     detach,
     load_model,
@@ -340,6 +341,44 @@ def test_model_can_be_attached_to_disk_again_and_again(
         with offloaded(tiny, on_disk(tmp_path)) as model:
             assert_same(run(model, tokens()), wanted)
         assert_untouched(tiny, before, same_memory=False)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"store": "disk"},
+        {"offload": Placement(device="disk"), "onload": Placement(device="cpu")},
+        {"host_limit_gb": 1e-6},
+    ],
+    ids=["disk", "disk, waiting in RAM", "some in RAM"],
+)
+@pytest.mark.parametrize("how", ["assign", "data"])
+def test_files_that_nothing_rests_in_any_more_are_removed(
+    tmp_path: Path, fields: dict[str, Any], how: str
+) -> None:
+    policy = OffloadPolicy(
+        **fields, disk_dir=tmp_path, limit_gb=0, compute_device="cpu"
+    )
+    model = chain(16, 16, 16, 16)
+    with offloaded(model, policy):
+        run(model, torch.ones(1, 16))
+        written = sum(path.stat().st_size for path in _files_below(tmp_path))
+        for factor in (0.5, 2, 3):
+            state = {k: factor * v for k, v in model.state_dict().items()}
+            wanted = run(_loaded(chain(16, 16, 16, 16), state), torch.ones(1, 16))
+            if how == "assign":
+                model.load_state_dict(state, assign=True)
+            else:
+                for name, parameter in model.named_parameters():
+                    parameter.data = state[name]
+            assert torch.equal(run(model, torch.ones(1, 16)), wanted)
+            now = sum(path.stat().st_size for path in _files_below(tmp_path))
+            assert now <= written
+
+
+def _loaded(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
+    model.load_state_dict(state)
+    return model
 
 
 def test_model_that_is_dropped_leaves_no_file_and_no_thread(tmp_path: Path) -> None:
