@@ -28,8 +28,8 @@ class Edits:
     """Notices edits of one session's tensors and takes them over.
 
     Attributes:
-        parted: masters of tensors that left the one which they shared with others, and
-            that belong to no layer yet.
+        parted: masters of tensors that were given other data, and that belong to no
+            layer yet.
     """
 
     def __init__(self, session: Session) -> None:
@@ -97,12 +97,12 @@ class Edits:
         return untied
 
     def untie(self) -> None:
-        """Part tensors that were given other data from what they shared memory with.
+        """Give tensors that were given other data masters of their own.
 
-        ``tensor.data = new`` gives one of them new bytes, and must not change those
-        of the others. New strides need a master of their own as well, and so does
-        another shape (``resize_token_embeddings``). The masters of those that are alone
-        now belong to no layer until layers are made anew.
+        ``tensor.data = new`` leaves the bytes before as they are: for others that share
+        them, and for a program that keeps them (``old = tensor.data``) to give them
+        back. New strides and another shape (``resize_token_embeddings``) need a master
+        of their own as well. These belong to no layer until layers are made anew.
         """
         session = self._session
         given = session.inventory.given_other_data()
@@ -112,8 +112,7 @@ class Edits:
         for master, member in given:
             if member not in master.members:
                 continue  # parted already, and not yet taken stock of
-            shared = len(master.members) > 1 or member.tensor.stride() != member.stride
-            if (shared and member.is_same()) or member.is_resized():
+            if member.has_data_of_its_own():
                 alone = master.split_off(member)
                 self.parted.append(alone)
                 session.masters[id(member.tensor)] = alone

@@ -212,6 +212,8 @@ class Master:
         self.location = location
         self.dirty = self.pinned = False
         self.put_to_rest()
+        for member in self.members:
+            member.former_pointer = 0
 
     def member_view(self, member: Member, flat: torch.Tensor) -> torch.Tensor:
         """Return a member's view of a flat tensor that holds this master."""

@@ -38,6 +38,7 @@ class Member:
         "castable",
         "device",
         "dtype",
+        "former_pointer",
         "holders",
         "location_in_master",
         "merges",
@@ -73,6 +74,7 @@ class Member:
         self.rest = tensor.data
         self.rest_pointer = self.rest.data_ptr()
         self.bound_pointer = 0
+        self.former_pointer = 0  # where it rested, until it is where it rests now
         self.version = version_of(tensor)
 
     @property
@@ -128,6 +130,15 @@ class Member:
         alike = tensor.dtype == self.rest.dtype and not tensor.is_meta
         return itself and alike and tensor.shape != self.shape
 
+    def has_data_of_its_own(self) -> bool:
+        """Tell whether it was given data that may become what it rests in."""
+        tensor = self.tensor
+        itself = any(holder is tensor for holder in self.holders)
+        there = tensor.device == self.rest.device
+        # It is not the program's if an interrupt came before it was at its new place.
+        theirs = there and tensor.data_ptr() != self.former_pointer
+        return (itself and theirs and self.is_same()) or self.is_resized()
+
     def require_unmoved(self) -> None:
         """Raise if the tensor, which is bound between passes, was moved or cast."""
         if not self.is_same() and not self.is_resized():
@@ -152,6 +163,7 @@ class Member:
 
     def set_rest(self, rest: torch.Tensor) -> None:
         """Make ``rest`` the value at rest (does not touch the tensor)."""
+        self.former_pointer = self.rest_pointer
         self.rest = rest
         self.rest_pointer = rest.data_ptr()
 

@@ -117,3 +117,72 @@ def test_a_part_of_a_weight_that_keeps_its_own_data_shares_its_memory(
         state = model.state_dict()
         assert state["1.weight"].data_ptr() == state["0.weight"].data_ptr()
     assert model[1].weight.data_ptr() == model[0].weight.data_ptr()
+
+
+@pytest.mark.parametrize("then", NEXT.values(), ids=NEXT)
+@pytest.mark.parametrize("calls_before", [0, 3])
+@pytest.mark.parametrize("fields", POLICIES.values(), ids=POLICIES)
+def test_data_that_is_kept_while_a_weight_has_other_data_can_be_given_back(
+    fields: dict[str, Any], calls_before: int, then: Callable[[Any], Any]
+) -> None:
+    # As averages of weights are tried: theirs in, a run, the trained ones back.
+    model = layers()
+    x = X.to(fields.get("compute_dtype", torch.float32))
+    wanted = run(copy.deepcopy(model).to(x.dtype), x)
+    values = [p.detach().clone() for p in model.parameters()]
+    if x.dtype is torch.float64:
+        fields = {**fields, "limit_gb": 2 * fields["limit_gb"]}
+        then = NEXT["forward"] if then is NEXT["a part"] else then
+    with offloaded(model, OffloadPolicy(compute_device="cpu", **fields)):
+        for _ in range(calls_before):
+            run(model, x)
+        state = model.state_dict()
+        kept = [p.data for p in model.parameters()]
+        for parameter in model.parameters():
+            parameter.data = torch.zeros_like(parameter.data)
+        then(model)
+        assert not run(model, x).any()
+        assert all(map(same_bits, state.values(), values))
+        for parameter, value in zip(model.parameters(), kept, strict=True):
+            parameter.data = value
+        assert same_bits(run(model, x), wanted)
+    assert all(map(same_bits, model.parameters(), values))
+
+
+@pytest.mark.parametrize("of_the_model", [False, True], ids=["outside", "new"])
+@pytest.mark.parametrize("then", NEXT.values(), ids=NEXT)
+@pytest.mark.parametrize("fields", POLICIES.values(), ids=POLICIES)
+def test_data_can_be_exchanged_with_what_is_not_managed(
+    fields: dict[str, Any], then: Callable[[Any], Any], of_the_model: bool
+) -> None:
+    model, twin = layers(), layers()
+    others = [nn.Linear(WIDTH, WIDTH, dtype=torch.float32) for _ in range(2)]
+    others[1].load_state_dict(others[0].state_dict())
+    attach_offload_hooks(model, OffloadPolicy(compute_device="cpu", **fields))
+    for one, other in zip((model, twin), others, strict=True):
+        if of_the_model:
+            one[1] = other
+        weight = one[2].weight
+        weight.data, other.weight.data = other.weight.data, weight.data
+    if "compute_dtype" not in fields:
+        then(model)
+        assert same_bits(run(model, X), run(twin, X))
+    detach(model)
+    assert same_bits(run(model, X), run(twin, X))
+    assert same_bits(others[0].weight, others[1].weight)
+
+
+@pytest.mark.parametrize("fields", POLICIES.values(), ids=POLICIES)
+def test_a_weight_that_is_given_the_data_of_another_is_tied_to_it(
+    fields: dict[str, Any],
+) -> None:
+    model = layers()
+    fields = fields | ({"limit_gb": 0} if fields.get("limit_gb") else {})
+    attach_offload_hooks(model, OffloadPolicy(compute_device="cpu", **fields))
+    model[1].weight.data = model[3].weight.data
+    run(model, X.to(fields.get("compute_dtype", torch.float32)))
+    with torch.no_grad():
+        model[3].weight.mul_(2)
+    detach(model)
+    assert model[1].weight.data_ptr() == model[3].weight.data_ptr()
+    assert same_bits(model[1].weight, 2 * layers()[3].weight)
