@@ -38,6 +38,7 @@ class Handover:
 
     def __init__(self, session: Session) -> None:
         self._old = session
+        self._model = session.model  # which that forgets
         self._left: dict[str, TensorLocation] = {}
         self.locations: dict[str, TensorLocation] = {}
 
@@ -57,7 +58,8 @@ class Handover:
                 )
             # What waits in RAM and rests in a file lies there again.
             old.placement.offload()
-            names = {id(m.tensor): m.name + m.path for m in group_tensors(old.model)[0]}
+            tensors, _ = group_tensors(self._model)
+            names = {id(m.tensor): m.name + m.path for m in tensors}
             self._left = {
                 names[id(member.tensor)]: master.location
                 for master in old.store.masters_in_files()
@@ -77,7 +79,7 @@ class Handover:
         _close(self.locations)
         old = self._old
         if old.ended:
-            session = Session(old.model, old.policy, self._left, poison=old.poison)
+            session = Session(self._model, old.policy, self._left, poison=old.poison)
             session.loaded = True
             session.begin()
 

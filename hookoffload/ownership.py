@@ -93,7 +93,7 @@ class Ownership:
         try:
             if session.ended:
                 raise RuntimeError(
-                    f"{what}: {type(session.model).__name__} was detached by another "
+                    f"{what}: {session.label} was detached by another "
                     "thread in the meantime; call attach_offload_hooks first"
                 )
             self.require_no_call(what)

@@ -79,6 +79,8 @@ class RootHooks(NotCopied):
         compiled: bool,
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         session = self.session
+        if session.ended:
+            return None  # it is off by now, and this call knew it before
         if module is not self.module:
             raise RuntimeError(
                 f"a copy of {type(module).__name__} (nn.DataParallel, replicate) was "

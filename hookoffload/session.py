@@ -91,6 +91,7 @@ class Session(NotCopied):
     ) -> None:
         self.session = self
         self.model = model
+        self._class_name = type(model).__name__
         self.group = group
         self.poison = poison
         self.loaded = False  # by `load_model`, and attached by that
@@ -206,7 +207,7 @@ class Session(NotCopied):
     @property
     def label(self) -> str:
         """What to call the model in messages: its name among others, and its class."""
-        kind = type(self.model).__name__
+        kind = self._class_name
         return kind if self.group is None else f"{self.group.name_of(self)} ({kind})"
 
     @property
@@ -314,6 +315,7 @@ class Session(NotCopied):
         self.adapters.forget()
         self.always.forget()
         self.planner.forget()
+        self.model = self.root.module = nn.Module()  # not what held the weights
 
     # -- what hooks need ------------------------------------------------------------
 

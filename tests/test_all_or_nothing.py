@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import resource
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -243,3 +245,26 @@ def test_an_exception_in_a_hook_of_the_user_is_raised_and_harmless(
             handle.remove()
             assert all(same_bits(run(model, x), want) for _ in range(2))
     assert before.differences(model) == []
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "one of several"])
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_a_model_that_is_dropped_behind_detach_goes_at_once(
+    fields: dict[str, Any], several: bool
+) -> None:
+    model: nn.Module = Stack()
+    attached: Any = {"a": model, "b": linears()} if several else model
+    attach_offload_hooks(attached, OffloadPolicy(compute_device="cpu", **fields))
+    for _ in range(2):
+        dtype = fields.get("compute_dtype", torch.float32)
+        if "storage_dtype" not in fields:
+            run(model, torch.ones(1, 32, dtype=dtype))
+    gc.collect()
+    gc.disable()  # which would find it some time
+    try:
+        detach(attached)
+        left = [weakref.ref(t) for t in (model, *model.parameters())]
+        del model, attached
+        assert not [one() for one in left if one() is not None]
+    finally:
+        gc.enable()
