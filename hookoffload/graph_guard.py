@@ -27,11 +27,14 @@ class GraphGuard:
         escapes: knows what must not be saved.
     """
 
-    __slots__ = ("_ended", "_escapes", "_hooks")
+    __slots__ = ("_around", "_ended", "_escapes", "_hooks")
 
     def __init__(self, escapes: Escapes) -> None:
         self._escapes = weakref.ref(escapes)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._look, _as_it_is)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(
+            self._look, self._given_back
+        )
+        self._around: tuple[Any, Any] | None = None
         self._ended = False
 
     def enter(self) -> None:
@@ -41,6 +44,8 @@ class GraphGuard:
             RuntimeError: A transform is under way that does not allow it.
         """
         torch.empty(0).data_ptr()  # jvp wraps all that is made inside it
+        if _innermost_hooks is not None:
+            self._around = _innermost_hooks(True)
         self._hooks.__enter__()
         _THREAD.guards.append(self)
 
@@ -67,11 +72,15 @@ class GraphGuard:
         escapes = self._escapes()
         return self._ended or escapes is None or not escapes.is_under_way()
 
-    def _look(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _look(self, tensor: torch.Tensor) -> Any:
         escapes = self._escapes()
         if escapes is not None and not self._ended:
             escapes.require_not_kept(tensor)
-        return tensor
+        # PyTorch asks the innermost only, and checkpoints count what they are asked.
+        return tensor if self._around is None else self._around[0](tensor)
+
+    def _given_back(self, saved: Any) -> Any:
+        return saved if self._around is None else self._around[1](saved)
 
 
 # Of torch 2.7 and later; whether to ignore that something is traced.
@@ -96,7 +105,3 @@ def take_off_left_guards() -> None:
         if not _THREAD.guards[-1].is_innermost():
             return  # the program's own hooks go first
         _THREAD.guards[-1].take_off()
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hookoffload import (
     OffloadPolicy,
@@ -194,6 +195,58 @@ def test_training_a_model_that_fits_without_a_limit_gives_the_same_weights(
                 optimizer.step()
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert same_bits(mine, theirs)
+
+
+class _Checkpointed(Stack):
+    """Computes its blocks anew for backward; has a layer that no forward asks for."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.spare = nn.Linear(32, 32)
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x * self.scale + self.shift
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first forward", "warmed up"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("store", ["cpu", "disk"])
+def test_checkpoints_in_a_model_that_fits_give_the_same_gradients(
+    store: Any, reentrant: bool, warm: bool
+) -> None:
+    model = _Checkpointed(reentrant=reentrant)
+    plain = copy.deepcopy(model)
+    x = torch.randn(4, 32, requires_grad=True)
+    with offloaded(model, store=store):
+        if warm:
+            run(model, x)
+        for each in (model, plain):
+            each(x).square().mean().backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        assert mine.grad is None or same_bits(mine.grad, theirs.grad)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason="this torch does not tell of hooks further out",
+)
+def test_hooks_of_the_program_are_asked_for_what_is_saved_for_backward() -> None:
+    model, x = _Checkpointed(reentrant=False), torch.randn(4, 32)
+    packed: list[torch.Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: packed.append(tensor) or len(packed) - 1,
+        lambda number: packed[number],
+    )
+    with offloaded(model, store="disk"):
+        run(model, x)
+        with hooks:
+            out = model.blocks[0](x)
+        out.sum().backward()
+    assert packed
 
 
 def test_a_head_can_be_trained_on_what_an_attached_model_returns() -> None:
