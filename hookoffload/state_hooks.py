@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .refusals import NotCopied
 
@@ -56,8 +55,7 @@ class StateHooks(NotCopied):
             keep(module.register_load_state_dict_pre_hook(self._before_load))
             keep(module.register_load_state_dict_post_hook(partial(self._after_load)))
         self.session.model.__dict__["_apply"] = self._refuse_to_move
-        for member in self.session.inventory:
-            _OWNERS[member.tensor] = weakref.ref(self.session)
+        _ATTACHED.add(self.session)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -68,8 +66,7 @@ class StateHooks(NotCopied):
 
     def forget(self) -> None:
         """Drop what says whose the tensors are, behind detach."""
-        for member in self.session.inventory:
-            _OWNERS.pop(member.tensor, None)
+        _ATTACHED.discard(self.session)
 
     def forget_calls(self) -> None:
         """Start anew after saving or loading was interrupted."""
@@ -206,14 +203,17 @@ class StateHooks(NotCopied):
         return function(like) is not like
 
 
-# Whose a tensor is: two attached models must not swap one tensor's data.
-_OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Two attached models must not swap one tensor's data. The tensors themselves are not
+# referred to: what has weak references cannot be swapped (`torch.utils.swap_tensors`).
+_ATTACHED: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 def owner_of(tensor: torch.Tensor) -> Session | None:
     """Return the session that manages a tensor, None without one."""
-    found = _OWNERS.get(tensor)
-    return None if found is None else found()
+    for session in list(_ATTACHED):
+        if session.inventory.find(tensor) is not None:
+            return session
+    return None
 
 
 def session_of(module: nn.Module) -> Session | None:

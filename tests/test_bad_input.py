@@ -417,6 +417,22 @@ def test_attach_to_a_model_that_shares_a_tensor_with_an_attached_one_is_refused(
         attach_offload_hooks(other, OffloadPolicy(**STREAMED))
 
 
+def test_tensors_that_came_and_went_while_attached_are_known(
+    tmp_path: Path, attached: TinyModel
+) -> None:
+    up = attached.blocks[0].up
+    gone, come = up.weight, nn.Parameter(torch.ones(96, 48))
+    up.weight = come
+    run(attached, tokens())
+    other = nn.Linear(48, 96)
+    other.weight = come
+    with _refused(other, tmp_path, r"weight.*TinyModel", RuntimeError):
+        attach_offload_hooks(other, OffloadPolicy(**STREAMED))
+    other.weight = gone
+    detach(attach_offload_hooks(other, OffloadPolicy(**STREAMED)))
+    up.weight = gone
+
+
 FUNCTIONS = [detach, onload, offload, offload_plan, offload_stats]
 
 

@@ -201,6 +201,29 @@ def test_loading_keeps_the_parameter_objects(any_pair: Pair) -> None:
         assert parameter is before[name]
 
 
+def test_parameters_can_be_swapped_with_others_by_loading_and_by_hand(
+    any_pair: Pair,
+) -> None:
+    # What `load_state_dict` does to subclasses of tensors, and to all if told so.
+    swapping = torch.__future__.set_swap_module_params_on_conversion
+    swapping(True)
+    try:
+        any_pair.both(lambda model: model.load_state_dict(tiny_model(1).state_dict()))
+    finally:
+        swapping(False)
+    any_pair.assert_alike()
+
+    def swap(model: nn.Module) -> nn.Parameter:
+        weight = model.blocks[0].up.weight
+        other = nn.Parameter(torch.full_like(weight, 0.25))
+        torch.utils.swap_tensors(weight, other)
+        return other
+
+    one, other = any_pair.both(swap)
+    assert same_bits(one, other)
+    any_pair.assert_alike()
+
+
 def test_loading_a_part_is_used_by_the_next_forward(pair: Pair) -> None:
     state = tiny_model(1).blocks[1].state_dict()
     pair.both(lambda model: model.blocks[1].load_state_dict(state))
