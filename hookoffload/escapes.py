@@ -126,13 +126,22 @@ class Escapes:
                 for name, value in attributes.items()
                 if name not in _OF_PYTORCH and not _is_fixed(site.module, value)
             )
-        for name in site.watched:
-            value = attributes.get(name)
+        self._clear_named(site.module, site.watched, site.name)
+
+    def clear_all_attributes(self, module: nn.Module, name: str) -> None:
+        """Copy views of the window that a module has kept, which need be no site's."""
+        named = [key for key in module.__dict__ if key not in _OF_PYTORCH]
+        self._clear_named(module, named, name)
+
+    def _clear_named(self, module: nn.Module, named: Iterable[str], name: str) -> None:
+        attributes = module.__dict__
+        for key in named:
+            value = attributes.get(key)
             if value is None:
                 continue
-            cleared = self._clear(value, self._is_view, site.name)
+            cleared = self._clear(value, self._is_view, name)
             if cleared is not None:
-                attributes[name] = cleared
+                attributes[key] = cleared
 
     def in_window(self, output: Any) -> bool:
         """Tell whether a tensor among these will have other bytes soon."""

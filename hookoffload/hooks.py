@@ -259,17 +259,21 @@ class Site(NotCopied):
             return None
         session = self.session
         session.calls.resume()
-        escapes = session.escapes
-        if session.probe is not None:
-            session.probe.leave(self)
+        escapes, probe = session.escapes, session.probe
         try:
             kept = escapes.checked_output(self, args, kwargs, output)
-            if kept is not None and session.probe is not None:
-                session.probe.note_kept(self)
             escapes.clear_attributes(self)
             if self.bundled:
                 escapes.clear_attributes_inside(self)
+            if probe is not None:
+                seen = output if kept is None else kept
+                clear = probe.keep_clear(self.name, module, seen)
+                kept = kept if clear is None else clear
+                if kept is not None:
+                    probe.note_kept(self)
         finally:
+            if probe is not None:
+                probe.leave(self)
             self.active -= 1
             try:
                 for layer in reversed(self.layers):

@@ -66,9 +66,10 @@ class _User(NotCopied):
         self.probe.note_begin(self.name, module)
 
     def post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        kept = self.probe.outside_window(output)
-        self.probe.note_end(self.name)
-        return kept
+        try:
+            return self.probe.keep_clear(self.name, module, output)
+        finally:
+            self.probe.note_end(self.name)
 
 
 class Probe:
@@ -157,11 +158,17 @@ class Probe:
         """Look away one level more (1) or less (-1)."""
         self._away = max(self._away + levels, 0)
 
-    def outside_window(self, output: Any) -> Any:
-        """Return an output of a module without layers, clear of the window."""
-        if not self._on or not self._stack[-1][1]:
+    def keep_clear(self, name: str, module: nn.Module, output: Any) -> Any:
+        """Keep what a module takes along clear of what was bound on the spot for it.
+
+        Returns:
+            The output to use instead; None if it is fine as it is.
+        """
+        if not self._on or self._stack[-1][0] != name or not self._stack[-1][1]:
             return None
-        return self.session.escapes.outside_window(output)
+        escapes = self.session.escapes
+        escapes.clear_all_attributes(module, name)
+        return None if output is None else escapes.outside_window(output, name)
 
     def is_watching(self) -> bool:
         """Tell whether this thread is in the pass that the probe looks at."""

@@ -135,9 +135,9 @@ class RootHooks(NotCopied):
             site = self._sites.pop()
             if site is not None:
                 kept = site.post(module, args, kwargs, output)
-            if session.probe is not None and output is not None:
+            if session.probe is not None:
                 seen = output if kept is None else kept
-                clear = session.probe.outside_window(seen)
+                clear = session.probe.keep_clear("", module, seen)
                 kept = kept if clear is None else clear
         except BaseException:
             failed, output = True, None

@@ -504,6 +504,50 @@ def test_a_view_of_a_weight_read_sideways_may_be_returned(
             assert same_bits(run(model, x), want)
 
 
+class _Takes(nn.Module):
+    """Returns a view of its child's weight, or keeps one for later forwards.
+
+    Args:
+        keeps: which of both.
+        own: it has a parameter itself, so that it has hooks before it was seen to read.
+    """
+
+    def __init__(self, *, keeps: bool, own: bool) -> None:
+        super().__init__()
+        self.child, self.other = linears(WIDTH, 2)
+        self.gain = nn.Parameter(torch.rand(WIDTH)) if own else 1.0
+        self.keeps = keeps
+        self.kept: list[torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.keeps:
+            turned = self.child.weight.t()
+        elif self.kept is None:
+            turned = self.child.weight.t()
+            self.kept = [turned]
+        else:
+            turned = self.kept[0]
+        return {"view": turned, "out": self.other((x * self.gain) @ turned)}
+
+
+@pytest.mark.parametrize("limit", [0, 2.2, 4])
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "a block"])
+@pytest.mark.parametrize("own", [False, True], ids=["no weights", "own weights"])
+@pytest.mark.parametrize("keeps", [False, True], ids=["returns", "keeps"])
+def test_a_view_of_a_weight_read_sideways_may_be_taken_along(
+    keeps: bool, own: bool, inside: bool, limit: float
+) -> None:
+    taker = _Takes(keeps=keeps, own=own)
+    model = nn.Sequential(linears(WIDTH, 2), taker) if inside else taker
+    plain, x = copy.deepcopy(model), torch.randn(2, WIDTH)
+    limit_gb = limit * least_limit_gb(model, store="disk")
+    with offloaded(model, store="disk", limit_gb=limit_gb, debug=True):
+        for _ in range(3):
+            mine, theirs = run(model, x), run(plain, x)
+            assert same_bits(mine["out"], theirs["out"])
+            assert same_bits(mine["view"].contiguous(), theirs["view"].contiguous())
+
+
 class _Rescales(nn.Module):
     """Writes to its children's weights in its first forward, as RWKV does."""
 
