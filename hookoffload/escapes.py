@@ -91,9 +91,7 @@ class Escapes:
         """
         if not _any_streams(site.layers):
             return None
-        for value in (*args, *kwargs.values()):
-            if type(value) is not torch.Tensor and not isinstance(value, _PLAIN):
-                self._clear(value, self._is_view, site.name)
+        self.clear_inputs(args, kwargs, site.name)
         if type(output) is torch.Tensor and output.grad_fn is None:  # nearly always
             return output.clone() if self._is_view(output) else None
         if output is None:
@@ -102,6 +100,14 @@ class Escapes:
             if tensor.grad_fn is not None:
                 self.refuse_gradient(site, tensor, args)
         return self.outside_window(output, site.name)
+
+    def clear_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+    ) -> None:
+        """Copy views of the window that a forward has put into its inputs."""
+        for value in (*args, *kwargs.values()):
+            if type(value) is not torch.Tensor and not isinstance(value, _PLAIN):
+                self._clear(value, self._is_view, name)
 
     def clear_attributes(self, site: Site) -> None:
         """Copy views of the window that a module has kept in its own attributes."""

@@ -267,7 +267,7 @@ class Site(NotCopied):
                 escapes.clear_attributes_inside(self)
             if probe is not None:
                 seen = output if kept is None else kept
-                clear = probe.keep_clear(self.name, module, seen)
+                clear = probe.keep_clear(self.name, module, args, kwargs, seen)
                 kept = kept if clear is None else clear
                 if kept is not None:
                     probe.note_kept(self)

@@ -14,7 +14,8 @@ from .calls import in_functional_call
 from .code_choice import follow
 from .containers import tensors_in
 from .plan import Plan
-from .probe import Probe, hint_at_sideways_reads, reads_of_siblings
+from .probe import Probe
+from .sideways import hint_at_sideways_reads, reads_of_siblings
 from .wrappers import is_under_fsdp, require_undivided
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 _OURS = str(Path(__file__).parent) + os.sep
 _MODE = str(Path(__file__).with_name("probe_mode.py"))
 
-# In what PyTorch says when tensors do not go together.
-_MISMATCHES = ("same device", "same dtype", "dtype", "scalar type", "devices")
 _STEPS_ASIDE = (
     nn.MultiheadAttention,
     nn.TransformerEncoderLayer,
@@ -65,9 +62,15 @@ class _User(NotCopied):
     def pre(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.probe.note_begin(self.name, module)
 
-    def post(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def post(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
         try:
-            return self.probe.keep_clear(self.name, module, output)
+            return self.probe.keep_clear(self.name, module, args, kwargs, output)
         finally:
             self.probe.note_end(self.name)
 
@@ -124,7 +127,9 @@ class Probe:
                 module.register_forward_pre_hook(user.pre, prepend=True)
             )
             user.handles.append(
-                module.register_forward_hook(user.post, always_call=True)
+                module.register_forward_hook(
+                    user.post, with_kwargs=True, always_call=True
+                )
             )
         self._stack = [("", [])]
         self._aside = 0
@@ -158,7 +163,14 @@ class Probe:
         """Look away one level more (1) or less (-1)."""
         self._away = max(self._away + levels, 0)
 
-    def keep_clear(self, name: str, module: nn.Module, output: Any) -> Any:
+    def keep_clear(
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
         """Keep what a module takes along clear of what was bound on the spot for it.
 
         Returns:
@@ -167,6 +179,7 @@ class Probe:
         if not self._on or self._stack[-1][0] != name or not self._stack[-1][1]:
             return None
         escapes = self.session.escapes
+        escapes.clear_inputs(args, kwargs, name)
         escapes.clear_all_attributes(module, name)
         return None if output is None else escapes.outside_window(output, name)
 
@@ -316,41 +329,3 @@ def _is_called_by_library() -> bool:
     while frame is not None and frame.f_code.co_filename in (__file__, _MODE):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(_OURS)
-
-
-def hint_at_sideways_reads(error: BaseException) -> None:
-    """Say in an error what it may come from, if it speaks of devices or dtypes.
-
-    The probe does not look at every pass. What a later one reads sideways, on a path
-    that none took before, is a tensor at rest.
-    """
-    text = str(error).lower()
-    if not isinstance(error, RuntimeError) or not any(w in text for w in _MISMATCHES):
-        return
-    hint = (
-        " [hookoffload: perhaps a module read a weight of another one, on a path that "
-        "no forward took before. The next forward looks for that: call the model again]"
-    )
-    error.args = (f"{error}{hint}", *error.args[1:])
-
-
-def reads_of_siblings(
-    model: nn.Module, joined: list[tuple[str, str]]
-) -> list[tuple[str, str]]:
-    """Return what modules of the same classes as some readers are likely to read.
-
-    A pass that ends early has seen the first block only, and the others do the same.
-    """
-    modules = dict(model.named_modules())
-    reads: dict[type[nn.Module], set[str]] = defaultdict(set)
-    for user, tensor in joined:
-        if user and tensor.startswith(f"{user}."):
-            reads[type(modules[user])].add(tensor[len(user) + 1 :])
-    found = []
-    for name, module in modules.items():
-        for path in reads.get(type(module), ()):
-            owner, _, key = path.rpartition(".")
-            holder = modules.get(f"{name}.{owner}" if owner else name)
-            if holder is not None and holder._parameters.get(key) is not None:
-                found.append((name, f"{name}.{path}"))
-    return found

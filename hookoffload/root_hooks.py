@@ -137,7 +137,7 @@ class RootHooks(NotCopied):
                 kept = site.post(module, args, kwargs, output)
             if session.probe is not None:
                 seen = output if kept is None else kept
-                clear = session.probe.keep_clear("", module, seen)
+                clear = session.probe.keep_clear("", module, args, kwargs, seen)
                 kept = kept if clear is None else clear
         except BaseException:
             failed, output = True, None

@@ -548,6 +548,41 @@ def test_a_view_of_a_weight_read_sideways_may_be_taken_along(
             assert same_bits(mine["view"].contiguous(), theirs["view"].contiguous())
 
 
+class _Puts(nn.Module):
+    """Puts a view of its child's weight into a list that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, *, box: list[torch.Tensor]) -> torch.Tensor:
+        box.append(self.child.weight.t())
+        return x
+
+
+class _LooksInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.puts = _Puts()
+        self.layers = linears(WIDTH, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        box: list[torch.Tensor] = []
+        return self.layers(self.puts(x, box=box)) @ box[0]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2.2, 4])
+def test_a_view_of_a_weight_read_sideways_may_be_put_into_an_input(
+    limit: float,
+) -> None:
+    model, x = _LooksInside(), torch.randn(2, WIDTH)
+    want = run(copy.deepcopy(model), x)
+    limit_gb = limit * least_limit_gb(model, store="disk")
+    with offloaded(model, store="disk", limit_gb=limit_gb, debug=True):
+        for _ in range(3):
+            assert same_bits(run(model, x), want)
+
+
 class _Rescales(nn.Module):
     """Writes to its children's weights in its first forward, as RWKV does."""
 
