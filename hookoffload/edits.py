@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .holders import Holders
 from .master import Master
 from .member import Member, version_of
 from .private_pages import can_be_told, written_privately
@@ -101,18 +102,27 @@ class Edits:
 
         ``tensor.data = new`` leaves the bytes before as they are: for others that share
         them, and for a program that keeps them (``old = tensor.data``) to give them
-        back. New strides and another shape (``resize_token_embeddings``) need a master
-        of their own as well. These belong to no layer until layers are made anew.
+        back, see [Note: who holds the bytes]. New strides and another shape
+        (``resize_token_embeddings``) need a master of their own as well. These belong
+        to no layer until layers are made anew.
         """
         session = self._session
         given = session.inventory.given_other_data()
         if given:
             with torch.inference_mode(False):
                 session.inventory.take_apart(given)
+        masters = {id(master): master for master in session.masters.values()}
+        holders = Holders(masters.values() if given else ())
         for master, member in given:
             if member not in master.members:
                 continue  # parted already, and not yet taken stock of
-            if member.has_data_of_its_own():
+            apart = (
+                len(master.members) > 1
+                or not member.lies_as_before()
+                or holders.are_of_a_master(member.tensor)
+                or holders.holds(master, member)
+            )
+            if apart and member.has_data_of_its_own():
                 alone = master.split_off(member)
                 self.parted.append(alone)
                 session.masters[id(member.tensor)] = alone

@@ -18,6 +18,7 @@ from hookoffload import (
     offloaded,
     set_limit,
 )
+from hookoffload.state_hooks import session_of
 
 from .samples import GIB, run, same_bits, weight_bytes
 
@@ -186,3 +187,19 @@ def test_a_weight_that_is_given_the_data_of_another_is_tied_to_it(
     detach(model)
     assert model[1].weight.data_ptr() == model[3].weight.data_ptr()
     assert same_bits(model[1].weight, 2 * layers()[3].weight)
+
+
+@pytest.mark.parametrize("fields", POLICIES.values(), ids=POLICIES)
+def test_layers_stay_as_they_are_where_nobody_kept_what_a_weight_had(
+    fields: dict[str, Any],
+) -> None:
+    model = layers()
+    x = X.to(fields.get("compute_dtype", torch.float32))
+    with offloaded(model, OffloadPolicy(compute_device="cpu", **fields)):
+        run(model, x)
+        session = session_of(model)
+        assert session is not None
+        before = session.layers
+        model[1].weight.data = torch.zeros_like(model[1].weight)
+        assert same_bits(run(model[1], x)[0], run(model[1], x)[1])
+        assert session.layers is before
