@@ -59,6 +59,9 @@ class GraphGuard:
         """Leave this thread's stack of hooks."""
         _THREAD.guards.remove(self)
         self._hooks.__exit__()
+        # They refer to this object: nothing that the hooks around keep for backward
+        # may wait for Python's collector.
+        del self._hooks
 
     def is_innermost(self) -> bool:
         """Tell whether no hooks were put on this thread's stack after these."""

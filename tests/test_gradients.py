@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from hookoffload import (
     offload_stats,
     offloaded,
 )
+from hookoffload.graph_guard import GraphGuard
 from tests.process_memory import anonymous_bytes, settled_bytes
 from tests.real_models import REAL_MODELS
 from tests.samples import (
@@ -247,6 +249,20 @@ def test_hooks_of_the_program_are_asked_for_what_is_saved_for_backward() -> None
             out = model.blocks[0](x)
         out.sum().backward()
     assert packed
+
+
+def test_what_looks_after_gradients_is_gone_with_its_forward() -> None:
+    """It refers to hooks of the program, and these to what is kept for backward."""
+    model, x = Stack(), torch.randn(2, 32)
+    with offloaded(model, store="disk", limit_gb=0):
+        gc.collect()
+        gc.disable()
+        try:
+            run(model, x)
+            left = [one for one in gc.get_objects() if type(one) is GraphGuard]
+        finally:
+            gc.enable()
+    assert not left
 
 
 def test_a_head_can_be_trained_on_what_an_attached_model_returns() -> None:
